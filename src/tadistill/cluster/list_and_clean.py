@@ -6,6 +6,7 @@ contains the keys of all stages of a study. `advise` and `search` also write fil
 
 import datetime
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -72,12 +73,18 @@ def studies(runs: Path, store: Store) -> list[StudyRow]:
             raise asked[0]
         return {}
 
-    found = (path for path in _folders(runs) if (path / "plan.json").is_file() or is_search(path))
-    return sorted((_row(path, store, queue) for path in found), key=lambda row: row.created)
+    found = [_row(path, store, queue) for path in _folders(runs)]
+    return sorted(filter(None, found), key=lambda row: row.created)
 
 
-def _row(study: Path, store: Store, queue: Queue) -> StudyRow:
-    search = not (study / "plan.json").is_file()
+def _row(study: Path, store: Store, queue: Queue) -> StudyRow | None:
+    try:
+        os.scandir(study).close()
+        search = not (study / "plan.json").is_file()
+    except OSError as error:
+        return StudyRow(study.name, _changed(study), 0, 0, 0, f"cannot be read ({_reason(error)})")
+    if search and not is_search(study):
+        return None
     try:
         plan: dict[str, Any] = {**search_plan(study, store), "created": _began(study)} if search else read_plan(study)
         updates, created = {stage["key"]: stage.get("steps") for stage in plan["stages"]}, str(plan["created"])
@@ -107,14 +114,14 @@ def _began(study: Path) -> str:
 
 
 def _changed(study: Path) -> str:
-    return datetime.datetime.fromtimestamp(study.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+    return datetime.datetime.fromtimestamp(study.lstat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
 
 
 def unneeded(runs: Path, store: Store) -> list[Unneeded]:
     """Return the stages that no study needs and no process uses. The largest comes first.
 
     Raises:
-        StoreError: a file of a study cannot be read, so it is not known which stages the study needs.
+        StoreError: a file or a folder of a study cannot be read, so it is not known which stages the study needs.
     """
     found = dict(_records(store))
     needed: set[str] = set()
@@ -152,17 +159,41 @@ def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
 
 
 def _folders(runs: Path) -> list[Path]:
-    return sorted(path for path in runs.iterdir() if path.is_dir() and path.name != _STORE) if runs.is_dir() else []
+    # with links that lead nowhere: their studies may be on a disk that is not mounted
+    if not os.path.lexists(runs):
+        return []
+    try:
+        found = sorted(path for path in runs.iterdir() if path.name != _STORE)
+    except OSError as error:
+        raise StoreError(f"cannot read the runs directory {runs}: {_reason(error)}; check its permissions and --runs") from error
+    return [path for path in found if os.path.isdir(path) or (path.is_symlink() and not os.path.exists(path))]
 
 
 def _named_keys(study: Path) -> Iterator[str]:
-    for path in study.rglob("*.json"):
-        try:
-            yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
-        except OSError as error:
-            raise StoreError(
-                f"cannot read {path} ({error.strerror}), so the stages that {study.name} needs are not known; check its permissions"
-            ) from error
+    def unknown(error: OSError) -> None:
+        path = Path(error.filename)
+        fix = f"mount the disk of {path.readlink()}, or correct or delete the link" if path.is_symlink() else "check its permissions"
+        raise StoreError(f"cannot read {path} ({_reason(error)}), so the stages that {study.name} needs are not known; {fix}") from error
+
+    seen = {os.path.realpath(study)}  # links may lead in a circle
+    for folder, folders, files in os.walk(study, onerror=unknown, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen |= {*real.values()}
+        for name in files:
+            path = Path(folder, name)
+            try:
+                if path.is_symlink():
+                    path.stat()  # it may lead to a folder that is not there
+                if path.suffix == ".json":
+                    yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
+            except OSError as error:
+                error.filename = path
+                unknown(error)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _records(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -200,7 +231,7 @@ def _size(folder: Path) -> int:
 
 def print_studies(runs: Path, store: Store, console: Terminal) -> None:
     """Print a table of the studies in a runs directory, and the size of the stored results that no study needs."""
-    rows, loose = studies(runs, store), unneeded(runs, store)
+    rows = studies(runs, store)
     if not rows:
         console.say(f"there is no study in {runs.absolute()}; start one with `tadistill run RECIPE`, or give its directory with --runs")
     else:
@@ -212,16 +243,18 @@ def print_studies(runs: Path, store: Store, console: Terminal) -> None:
             table.add_row(escape(row.name), when, f"{row.done}/{row.stages}", size(row.bytes), row.state)
         table.width = console.measure(table, options=console.options.update(max_width=_WIDEST)).maximum  # no name is broken
         console.print(table, crop=False)
-    if loose:
-        text = f"no study needs {_counted(loose)} in the store; free the space with `tadistill clean`"
-        console.say(text)
+    try:
+        if loose := unneeded(runs, store):
+            console.say(f"no study needs {_counted(loose)} in the store; free the space with `tadistill clean`")
+    except StoreError as error:
+        console.say(f"{error}; until then, `tadistill clean` deletes nothing")
 
 
 def clean(runs: Path, store: Store, console: Terminal, *, dry_run: bool, confirm: Callable[[str], bool]) -> None:
     """Delete the stages that no study needs, after the user has agreed. With `dry_run`, only print them.
 
     Raises:
-        StoreError: a file of a study cannot be read, or a folder cannot be deleted.
+        StoreError: a file or a folder of a study cannot be read, or a stage cannot be deleted.
     """
     loose = unneeded(runs, store)
     if not loose:

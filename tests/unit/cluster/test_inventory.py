@@ -1,7 +1,9 @@
 """Listing studies and deleting stages that no study needs."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -87,6 +89,55 @@ def test_list_breaks_no_name(store, tmp_path):
 def test_a_damaged_study_deletes_nothing_it_may_need(store, tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_bytes", lambda self: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(StoreError, match=r"plan.json \(Input/output error\), so the stages that mine needs are not known"):
+        unneeded(tmp_path, store)
+
+
+def refused(error=13, only="mine"):
+    """A replacement of `os.scandir` by one that cannot read folders of one name."""
+    real = os.scandir
+
+    def scandir(path="."):
+        if Path(path).name == only:
+            raise OSError(error, os.strerror(error), str(path))
+        return real(path)
+
+    return scandir
+
+
+@pytest.mark.parametrize("name", ["mine", "local"])
+def test_a_folder_that_cannot_be_read_deletes_nothing(store, tmp_path, monkeypatch, name):
+    """`clean` offered the stages of the study for deletion, and `list` ended with a traceback."""
+    (tmp_path / "mine" / "local").mkdir()
+    monkeypatch.setattr("os.scandir", refused(only=name))
+    with pytest.raises(StoreError, match=rf"{name} \(Permission denied\), so the stages that mine needs are not known; check its perm"):
+        unneeded(tmp_path, store)
+    found = tadistill(store, "list").output
+    assert ("cannot be read (Permission denied)" in found) == (name == "mine")
+    assert "so the stages that mine needs are not known" in " ".join(found.split())
+
+
+@pytest.mark.parametrize("place", ["gone", "mine/earlier", "mine/old.json"])
+def test_a_link_that_leads_nowhere_deletes_nothing(store, tmp_path, place):
+    """It may lead to a study on a disk that is not mounted."""
+    (tmp_path / place).symlink_to("/not/mounted")
+    with pytest.raises(StoreError, match=rf"{place} \(No such file.* needs are not known; mount the disk of /not/mounted, or corr"):
+        unneeded(tmp_path, store)
+    assert "until then, `tadistill clean` deletes nothing" in " ".join(tadistill(store, "list").output.split())
+    if place == "gone":
+        assert re.search(r"gone .* cannot be read \(No such file", tadistill(store, "list").output)
+
+
+def test_linked_folders_are_read(store, tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "plan.json").write_text(json.dumps({"stages": [{"key": "c" * 16}]}))
+    (elsewhere / "circle").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine" / "earlier").symlink_to(elsewhere)
+    assert [row.key for row in unneeded(tmp_path, store)] == ["d" * 16]
+
+
+def test_a_runs_directory_that_cannot_be_read_is_no_empty_one(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.listdir", lambda _: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    with pytest.raises(StoreError, match=f"cannot read the runs directory {tmp_path}: Permission denied; check its permissions"):
         unneeded(tmp_path, store)
 
 
