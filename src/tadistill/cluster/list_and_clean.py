@@ -137,24 +137,30 @@ def unneeded(runs: Path, store: Store) -> list[Unneeded]:
 
 
 def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
-    """Delete stages, and return the number of freed bytes. A stage that is in use is kept, and `told` is called with a note."""
-    freed = 0
+    """Delete stages, and return the number of freed bytes. A stage that is in use is kept, and `told` is called with a note.
+
+    Raises:
+        StoreError: stages cannot be deleted. The others have been deleted.
+    """
+    freed, failed = 0, dict[Path, OSError]()
     for key in keys:
         lock = store.lock(key)
         try:
             lock.acquire(timeout=0)
-        except TimeoutError:
-            told(f"{store.label(key)} is not deleted, because a process has begun to work on it")
-            continue
-        try:
-            size, folder = _size(store.folder(key)), store.folder(key)
+            used, folder = _size(store.folder(key)), store.folder(key)
             (folder / "manifest.json").unlink(missing_ok=True)  # first, so that an interrupted deletion leaves no finished stage
             shutil.rmtree(folder)
-            freed += size
+            freed += used
+        except TimeoutError:
+            told(f"{store.label(key)} is not deleted, because a process has begun to work on it")
         except OSError as error:
-            raise StoreError(f"cannot delete {store.folder(key)}: {error.strerror or error}; check its permissions") from error
+            failed[store.folder(key)] = error
         finally:
             lock.release()
+    if failed:
+        folder, error = next(iter(failed.items()))
+        more = f" and {counted(len(failed) - 1, 'more stage')}" if len(failed) > 1 else ""
+        raise StoreError(f"cannot delete {folder}{more}: {_reason(error)}; check permissions. {size(freed)} were freed") from error
     return freed
 
 
@@ -212,8 +218,10 @@ def _busy(store: Store, key: str) -> bool:
     lock = store.lock(key)
     try:
         lock.acquire(timeout=0)
-    except OSError:  # another process has the lock, or the store cannot be written
+    except TimeoutError:
         return True
+    except OSError:  # the store cannot be written; the deletion says so
+        return False
     lock.release()
     return False
 
@@ -258,7 +266,7 @@ def clean(runs: Path, store: Store, console: Terminal, *, dry_run: bool, confirm
     """
     loose = unneeded(runs, store)
     if not loose:
-        console.say("nothing to delete: every stage in the store belongs to a study")
+        console.say("nothing to delete: every stage in the store belongs to a study or is in use")
         return
     shown = loose if dry_run else loose[:_SHOWN]
     table = Table(box=None)

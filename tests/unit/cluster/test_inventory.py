@@ -55,6 +55,26 @@ def test_a_stage_that_runs_is_kept(store, tmp_path):
     assert store.finished("c" * 16)
 
 
+def test_a_store_that_cannot_be_written_is_said_and_not_called_needed(store, tmp_path, monkeypatch):
+    for key in "cd":
+        store.folder(key * 16).with_suffix(".lock").touch()  # of an earlier run
+
+    def refused(lock, **_):
+        if "d" * 16 in str(lock.lock_file):
+            raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refused)
+    assert "2 stages (2" in tadistill(store, "clean", "--dry-run").output
+    error = str(tadistill(store, "clean", "--yes").exception)
+    assert re.fullmatch(rf"cannot delete .*{'d' * 16}: Read-only file system; check permissions. 1\.\d kB were freed", error)
+    assert [store.finished(key) for key in ALL] == [True, True, False, True]
+
+
+def test_a_stage_in_use_is_not_called_needed(store, tmp_path):
+    with store.lock("c" * 16), store.lock("d" * 16):
+        assert "every stage in the store belongs to a study or is in use" in tadistill(store, "clean").output
+
+
 def test_clean_asks_and_deletes(store, tmp_path):
     shown = tadistill(store, "clean", "--dry-run").output
     assert "stage [c]" in shown
