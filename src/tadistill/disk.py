@@ -1,10 +1,11 @@
 """Functions for files: digests, atomic writing, and reading of JSON that may be damaged.
 
-A reader never sees an incomplete file. There are three ways to write a file:
+A reader never sees an incomplete file. There are four ways to write a file or a folder:
 
     write_text, write_json, write_rows      a small file, which several processes may write
     with replacing(path) as temporary:      a large file that only one process writes, such as a training state
     with publishing(target) as temporary:   a file or folder that several processes may create, such as a cache; the first one is kept
+    with filling(folder) as temporary:      a folder that the user has named, which is new or empty
 """
 
 import errno
@@ -228,6 +229,22 @@ def publishing(target: Path) -> Iterator[Path]:
                     raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write to. `folder`, which is new or empty, has its files when the block ends without an error, and else none."""
+    if not folder.exists():
+        with publishing(folder.resolve()) as temporary:
+            yield temporary
+        return
+    try:  # it may be a mount point or the working directory, which cannot be replaced
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # the error of the block says what is wrong
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        raise
 
 
 def _of_writing(error: OSError, folder: Path) -> bool:

@@ -18,7 +18,7 @@ from tadistill.data.hub import NAMED
 from tadistill.data.prompts import render, split_prompt
 from tadistill.data.rows import Example
 from tadistill.data.tinyworld import world_rows
-from tadistill.disk import ordinary_permissions, read_json, write_text
+from tadistill.disk import filling, ordinary_permissions, read_json, write_text
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
@@ -53,12 +53,13 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
         raise ConfigError(f"{target} exists and is not an empty directory; give the name of a new directory")
     card = model_card(results, arm, chosen, source, name or str(target))
     try:
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        tokens.name_ends(target)
-        ordinary_permissions(target)
-    except (OSError, shutil.Error) as error:
+        with filling(target) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+            tokens.name_ends(folder)
+            ordinary_permissions(folder)
+            write_text(folder / "README.md", card)
+    except OSError as error:
         raise StoreError(f"{source} cannot be copied to {target} ({error}); check its permissions and free space") from error
-    write_text(target / "README.md", card)
     return target
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -161,6 +162,27 @@ def test_what_cannot_be_exported(study, tmp_path):
     ):
         export(study.read(), "chain", 10, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_nothing(study, tmp_path, monkeypatch, there, error):
+    """Its folder looked like a model, with a truncated file of weights, and the next export refused it."""
+    target = tmp_path / "new" / "out"
+    if there:
+        target.mkdir(parents=True)
+
+    def copied(_, folder, **__):
+        Path(folder, "original").mkdir(parents=True)
+        Path(folder, "config.json").touch()
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", copied)
+        with pytest.raises((StoreError, KeyboardInterrupt)):
+            export(study.read(), "chain", 10, target)
+    assert [*target.parent.iterdir()] == [target] * there
+    assert (export(study.read(), "chain", 10, target) / "README.md").is_file()
 
 
 def test_a_model_whose_folder_was_deleted_is_one_sentence(study, tmp_path):
