@@ -120,26 +120,39 @@ class History:
 def history(runs: Path) -> History:
     """Load the results of all finished arms (distilled paths) of the studies in a directory. Each training seed of an arm is one result.
 
-    A training that two studies share gives only one result. Raises StoreError if `runs` is not a directory.
+    The plans that a study had before its last command (STUDY/earlier) count, too. A training that two plans or studies share gives only one
+    result. Raises StoreError if `runs` is not a directory.
     """
     if not runs.is_dir():
         raise StoreError(f"{runs} is not a directory; give the --runs directory of earlier studies")
     found: dict[str, Observation] = {}
     left_out: list[str] = []
     for path in sorted(runs.glob("*/plan.json")):
+        for plan, folder in _plans(path.parent, left_out):
+            try:
+                models = _models(plan)
+                measures, reported = load_measures(path.parent), load_reported(folder)
+            except TadistillError as error:
+                left_out.append(str(error))
+                continue
+            for arm in plan.arms:
+                if len(arm.path) > 1:
+                    _read_arm(plan, arm, models, measures, store_of(runs), found, left_out)
+                for key in {key for key in arm.final.values() if key in found and found[key].study == plan.study}:
+                    known = found[key].reported or reported.get((arm.name, found[key].scale), 0.0)
+                    found[key] = replace(found[key], reported=known)
+    return History(tuple(found.values()), tuple(dict.fromkeys(left_out)))
+
+
+def _plans(study: Path, left_out: list[str]) -> list[tuple[StudyPlan, Path]]:
+    # a command with other arms or seeds moves the plan and the report before it to STUDY/earlier/KEY
+    found = []
+    for folder in (study, *sorted(path.parent for path in study.glob("earlier/*/plan.json"))):
         try:
-            plan = load_plan(path.parent)
-            models = _models(plan)
-            measures, reported = load_measures(path.parent), load_reported(path.parent)
+            found.append((load_plan(folder), folder))
         except TadistillError as error:
             left_out.append(str(error))
-            continue
-        for arm in plan.arms:
-            if len(arm.path) > 1:
-                _read_arm(plan, arm, models, measures, store_of(runs), found, left_out)
-            for key in {key for key in arm.final.values() if key in found and found[key].study == plan.study}:
-                found[key] = replace(found[key], reported=reported.get((arm.name, found[key].scale), 0.0))
-    return History(tuple(found.values()), tuple(left_out))
+    return sorted(found, key=lambda each: -max((len(arm.final) for arm in each[0].arms), default=0))  # the report of most seeds counts
 
 
 def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], teacher: str, train: str, method: str) -> str:
@@ -188,10 +201,13 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:
-    """Return an edge (teacher, learner and measures) for each pair of neighbours in a path. Size ratios come from `parameters`."""
-    return tuple(
-        Edge(a, b, replace(measures.get((a, b), EdgeMeasures()), size_ratio=parameters[a] / parameters[b])) for a, b in pairwise(path)
-    )
+    """Return an edge (teacher, learner and measures) for each pair of neighbours in a path. Size ratios come from `parameters`. Measures
+    with another size ratio are not used, because they are those of other models with the same names."""
+    found = []
+    for a, b in pairwise(path):
+        ratio, known = parameters[a] / parameters[b], measures.get((a, b), EdgeMeasures())
+        found.append(Edge(a, b, replace(known if known.size_ratio in (None, ratio) else EdgeMeasures(), size_ratio=ratio)))
+    return tuple(found)
 
 
 def _models(plan: StudyPlan) -> dict[str, ModelConfig]:

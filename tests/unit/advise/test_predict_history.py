@@ -115,6 +115,49 @@ def test_a_stage_of_two_studies_counts_once(tmp_path):
     assert len(history(tmp_path).observations) == 6
 
 
+def set_aside(runs, study, key, arm, spread):
+    """Move a study's plan to its earlier plans, with a report of one difference."""
+    folder = runs / study / "earlier" / key
+    folder.mkdir(parents=True)
+    (runs / study / "plan.json").rename(folder / "plan.json")
+    row = {"arm": arm, "metric": "rouge_l", "against": "direct", "mean": 0.0, "low": -1.96 * spread, "high": 1.96 * spread, "p": 1.0}
+    (folder / "results.json").write_text(json.dumps({"comparisons": [row]}))
+
+
+def test_earlier_plans_of_a_study_are_history(tmp_path):
+    """The command "to learn more" about one chain replaces the arms of the one before, which it then proposed again."""
+    write(tmp_path, "one", ARMS, values={"takd": 24.0, "twin": 23.5})
+    set_aside(tmp_path, "one", "0a", "takd", 2.0)
+    other = [("sft", ("s",), 1.0, None), ARMS[1], ("chain", ("xl", "s"), 10.0, "as direct")]
+    write(tmp_path, "one", other, unfinished={("chain", 1), ("chain", 2)})
+    edges = path_edges(("xl", "l", "s"), SIZES, {("xl", "l"): EdgeMeasures(reverse_kl=0.3, size_ratio=3.0)})
+    (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [edge_record(e) for e in edges]}))
+    found = history(tmp_path)
+    (pair,) = pair_up(found.observations)
+    assert (pair.path, pair.seeds, pair.differences, pair.edges) == (("xl", "l", "s"), (1, 2), (0.5, 0.5), edges)
+    assert pair.reported == pytest.approx(2.0, rel=0.01)
+    assert {o.study for o in found.observations} == {"one"}
+
+
+def test_fewer_seeds_in_the_last_command_lose_no_seed(tmp_path):
+    write(tmp_path, "one", ARMS)
+    whole = json.loads((tmp_path / "one" / "plan.json").read_text())
+    set_aside(tmp_path, "one", "0a", "takd", 1.0)
+    for arm in whole["arms"]:
+        arm["final"].pop("2")
+    (tmp_path / "one" / "plan.json").write_text(json.dumps(whole))
+    set_aside(tmp_path, "one", "0b", "takd", 5.0)  # the report of one seed
+    (tmp_path / "one" / "plan.json").write_text(json.dumps(whole))
+    (pair,) = pair_up(history(tmp_path).observations)
+    assert pair.seeds == (1, 2)
+    assert pair.reported == pytest.approx(1.0, rel=0.01)
+
+
+def test_measures_of_other_models_with_the_same_names_are_not_used():
+    (edge,) = path_edges(("xl", "l"), SIZES, {("xl", "l"): EdgeMeasures(reverse_kl=0.3, size_ratio=2.0)})
+    assert edge.measures == EdgeMeasures(size_ratio=3.0)
+
+
 def test_measures_of_a_study_are_read_back(tmp_path):
     write(tmp_path, "one", ARMS)
     measured = {("xl", "l"): EdgeMeasures(reverse_kl=0.3, overlap=0.7, size_ratio=3.0)}
