@@ -4,9 +4,10 @@ It measures the recipe's models on dev prompts, computes the cost of each path, 
 kept on disk, so a second call does not repeat them.
 """
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tadistill.advise import words
-from tadistill.advise.decide import Advice, advise, improvement
+from tadistill.advise.decide import SEEDS, Advice, Work, advise, improvement
 from tadistill.advise.history import MEASURES, Candidate, Edge, EdgeMeasures, History, edge_record, family_of, history, path_edges
 from tadistill.advise.measures import (
     TOP_K,
@@ -28,16 +29,17 @@ from tadistill.advise.measures import (
     ladder,
     probe_plan,
     read_measures,
+    twin_name,
     with_search,
 )
 from tadistill.advise.page import render_advice
 from tadistill.advise.words import Report
-from tadistill.config import Recipe
+from tadistill.config import Recipe, load
 from tadistill.config.arm import path_text
 from tadistill.config.recipe_files import placed
 from tadistill.disk import finite, write_json, write_text
 from tadistill.metrics import NOT_COMPARABLE
-from tadistill.plan.arms import ProbePlan, make_plan
+from tadistill.plan.arms import Plan, ProbePlan, make_plan
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.run_study import fetch_models, method_text
 from tadistill.runner.schedule import check_first, run_stages
@@ -58,13 +60,16 @@ ON_REFERENCES: Columns = (("KL(p‖q)", "forward_kl", 3), ("loss p/q", "loss_rat
 
 
 @placed
-def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs: Path, prompts: int, console: Terminal) -> Path:
+def advise_recipe(
+    recipe: Recipe, *, source: str, overrides: Sequence[str], options: Sequence[str] = (), runs: Path, prompts: int, console: Terminal
+) -> Path:
     """Measure the models, print the advice, and write RUNS/STUDY/advice.json and advice.html. Return the path of the HTML page.
 
     Args:
         recipe: the recipe, with the overrides of the command line.
         source: the recipe's file name, as it appears in the proposed commands.
         overrides: the KEY=VALUE arguments of the command line. The proposed commands repeat them.
+        options: the other arguments that the proposed commands repeat, such as ``--runs DIR``.
         runs: the directory of all studies and their stored results.
         prompts: the largest number of dev prompts to read.
         console: where the advice is printed.
@@ -82,11 +87,14 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
     _run(limited, probes, store, console)
     measures = read_measures(probes, store, found)
     study = runs / recipe.study
-    command = shlex.join(["tadistill", "advise", source, *overrides])
+    repeated = [*overrides, *options]
+    command = shlex.join(["tadistill", "advise", source, *repeated])
     known = edge_measures(measures)
     record = measured(recipe.study, command, measures, known) | {"stages": list(probes.plan.stages)}
     write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
-    advice, past, metric = _advice(limited, found, priced, known, runs)
+    past = history(runs)
+    commands = Commands(recipe, source, overrides, store, past, priced[found.teacher, found.student].flops)
+    advice, metric = _advice(limited, found, priced, known, commands)
     report = Report(
         study=recipe.study,
         command=command,
@@ -101,7 +109,7 @@ def advise_recipe(recipe: Recipe, *, source: str, overrides: Sequence[str], runs
         rules=words.rules(measures, found, recipe.search.max_assistants if recipe.search else None),
         history=past,
         advice=advice,
-        steps=words.steps(recipe, source, overrides, advice, priced, _finished(limited, store)),
+        steps=words.steps(recipe, source, repeated, advice, priced, commands.cost, _finished(limited, store)),
         notes=words.notes(recipe, list(priced), measures, advice, past, metric, prompts),
     )
     write_json(study / MEASURES, record | decided(report))
@@ -132,19 +140,57 @@ def _finished(recipe: Recipe, store: Store) -> set[str]:
     return {arm.name for arm in plan.arms} - missing
 
 
+@dataclass(frozen=True)
+class Commands:
+    """Plans the commands that advice may propose, to know what they cost and which of their seeds are new."""
+
+    recipe: Recipe
+    source: str
+    overrides: Sequence[str]
+    store: Store
+    past: History
+    direct: float
+    """Training FLOPs of the direct path for one seed."""
+
+    def cost(self, settings: Sequence[str]) -> float:
+        """Return the cost (`Experiment.cost`) of the recipe with some KEY=VALUE arguments."""
+        return self._cost(self._plan(settings))
+
+    def work(self, chain: Candidate) -> Work:
+        """Return the seeds and the cost of the experiment that compares a chain with direct at equal compute."""
+        seeds = SEEDS
+        while True:
+            plan = self._plan(words.experiment_settings(self.recipe, chain.path, seeds))
+            arms = {arm.name: arm.final for arm in plan.arms}
+            pairs = [{arms[name][seed] for name in (path_name(chain.path), twin_name(chain.path))} for seed in plan.recipe.seeds]
+            if new := sum(not pair <= self.past.stages for pair in pairs):
+                return Work(seeds, new, self._cost(plan))
+            seeds += SEEDS
+
+    def _plan(self, settings: Sequence[str]) -> Plan:
+        return make_plan(load(self.source, [*self.overrides, *settings]))
+
+    def _cost(self, plan: Plan) -> float:
+        todo = (s.flops for s in plan.stages.values() if not s.spec.measures and not self.store.finished(s.key))
+        return math.fsum(flops or 0.0 for flops in todo) / self.direct
+
+
 def _advice(
-    recipe: Recipe, found: Ladder, priced: dict[tuple[str, ...], PathCost], known: Mapping[tuple[str, str], EdgeMeasures], runs: Path
-) -> tuple[Advice, History, str]:
+    recipe: Recipe,
+    found: Ladder,
+    priced: dict[tuple[str, ...], PathCost],
+    known: Mapping[tuple[str, str], EdgeMeasures],
+    commands: Commands,
+) -> tuple[Advice, str]:
     direct = (found.teacher, found.student)
     arm = next(a for a in make_plan(recipe).arms if a.name in {path_name(path) for path in priced})
     metric = arm.method.select.metric
     source = " + ".join(ref.load for ref in recipe.data.sets.values())
     family = family_of(recipe.models, found.sizes, found.teacher, source, method_text(arm))
-    past = history(runs)
-    used = () if metric in NOT_COMPARABLE else past.on(metric)
+    used = () if metric in NOT_COMPARABLE else commands.past.on(metric)
     chains = [Candidate(path, cost.multiple, path_edges(path, found.sizes, known)) for path, cost in priced.items() if len(path) > 2]
     candidates = [Candidate(direct, 1.0, path_edges(direct, found.sizes, known)), *chains]
-    return advise(candidates, used, margin=margin_on(recipe, metric), family=family), past, metric
+    return advise(candidates, used, margin=margin_on(recipe, metric), family=family, work=commands.work), metric
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:

@@ -2,7 +2,7 @@
 or first run experiments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, pi, sqrt
 from typing import Literal
@@ -10,12 +10,12 @@ from typing import Literal
 from scipy.special import ndtr
 
 from tadistill.advise.history import Candidate, Observation, pair_up
-from tadistill.advise.predict import Forecast, Predictions, predict
+from tadistill.advise.predict import TINY, Forecast, Predictions, predict
 from tadistill.metrics import higher_is_better, metric_title, metric_unit
 from tadistill.search.strategies import size_law
 
 SEEDS = 3
-"""Number of training seeds of a proposed experiment."""
+"""Number of training seeds of a proposed experiment. If history has all of them, it has as many more."""
 PROPOSED = 3
 """Largest number of proposed experiments."""
 
@@ -64,10 +64,26 @@ class Experiment:
 
     path: tuple[str, ...]
     seeds: int
+    new: int
+    """Number of seeds that history does not have yet."""
     cost: float
-    """Compute of the chain and its baseline over all seeds, divided by the compute of one direct run."""
+    """Training compute of the command's stages that are not finished, divided by the compute of one direct run with one seed."""
     gain: float
     """Expected improvement, because the experiment may lead to a better choice of path."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The seeds and the cost of an experiment. They are explained in `Experiment`."""
+
+    seeds: int
+    new: int
+    cost: float
+
+
+def separate_work(chain: Candidate) -> Work:
+    """Return the work of an experiment that shares no stage with anything: for each seed, the chain and its baseline."""
+    return Work(SEEDS, SEEDS, 2 * SEEDS * chain.cost)
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,13 @@ class Advice:
 
 
 def advise(
-    candidates: Sequence[Candidate], history: Sequence[Observation], *, margin: float, level: float = 0.95, family: str | None = None
+    candidates: Sequence[Candidate],
+    history: Sequence[Observation],
+    *,
+    margin: float,
+    level: float = 0.95,
+    family: str | None = None,
+    work: Callable[[Candidate], Work] = separate_work,
 ) -> Advice:
     """Decide whether a chain (a path with assistants) is worth running.
 
@@ -125,14 +147,22 @@ def advise(
         margin: the smallest difference that matters, in the metric's unit.
         level: the probability that an interval contains the true difference, such as 0.95. The verdict uses it too.
         family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
+        work: returns the seeds and the cost of the experiment that compares a chain with direct at equal compute.
     """
     direct, *chains = candidates
     pairs = pair_up(history)
     found = predict(chains, direct.edges[0], pairs, margin=margin, family=family)
-    return decide(candidates, found, margin=margin, level=level)
+    return decide(candidates, found, margin=margin, level=level, work=work)
 
 
-def decide(candidates: Sequence[Candidate], found: Predictions, *, margin: float, level: float) -> Advice:
+def decide(
+    candidates: Sequence[Candidate],
+    found: Predictions,
+    *,
+    margin: float,
+    level: float,
+    work: Callable[[Candidate], Work] = separate_work,
+) -> Advice:
     """Turn forecasts into advice. `advise` explains the rule and the arguments."""
     direct, chains = candidates[0], candidates[1:]
     options = [Option(direct.path, direct.cost, 0.0, 0.0, 0.0, 0.0, 0.0, "reference")]
@@ -147,7 +177,7 @@ def decide(candidates: Sequence[Candidate], found: Predictions, *, margin: float
         path=path,
         options=tuple(options),
         hypothesis=None if found.pairs else _hypothesis(candidates),
-        next=() if verdict == "chain" else _experiments(chains, found),
+        next=() if verdict == "chain" else _experiments(chains, found, work),
         level=level,
         margin=margin,
         families=found.families,
@@ -180,17 +210,18 @@ def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
     return path if len(path) > 2 and path in [c.path for c in candidates] else None
 
 
-def _experiments(chains: Sequence[Candidate], found: Predictions) -> tuple[Experiment, ...]:
+def _experiments(chains: Sequence[Candidate], found: Predictions, work: Callable[[Candidate], Work]) -> tuple[Experiment, ...]:
     proposed = []  # each gain is computed as if the chain were the only experiment
     for i, chain in enumerate(chains):
         others = max([0.0, *(f.mean for j, f in enumerate(found.forecasts) if j != i)])
-        cost = 2 * SEEDS * chain.cost
-        proposed.append(Experiment(chain.path, SEEDS, cost, _knowledge_gradient(found.forecasts[i], others, found.seed_sd)))
-    return tuple(sorted(proposed, key=lambda e: -e.gain / e.cost)[:PROPOSED])
+        todo = work(chain)
+        gain = _knowledge_gradient(found.forecasts[i], others, found.seed_sd, todo.new)
+        proposed.append(Experiment(chain.path, todo.seeds, todo.new, todo.cost, gain))
+    return tuple(sorted(proposed, key=lambda e: -e.gain / max(e.cost, TINY))[:PROPOSED])  # what is only evaluated may cost no training
 
 
-def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float) -> float:
-    moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / SEEDS)
+def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float, seeds: int = SEEDS) -> float:
+    moved = forecast.sd**2 / sqrt(forecast.sd**2 + seed_sd**2 / seeds)
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)
     return moved * (density + z * float(ndtr(z)))

@@ -111,6 +111,8 @@ class History:
     observations: tuple[Observation, ...]
     left_out: tuple[str, ...]
     """One sentence for each study or arm that could not be used."""
+    stages: frozenset[str] = frozenset()
+    """Keys of the trainings whose results these are."""
 
     def on(self, scale: str) -> tuple[Observation, ...]:
         """Return the observations whose metric is `scale`."""
@@ -141,7 +143,7 @@ def history(runs: Path) -> History:
                 for key in {key for key in arm.final.values() if key in found and found[key].study == plan.study}:
                     known = found[key].reported or reported.get((arm.name, found[key].scale), 0.0)
                     found[key] = replace(found[key], reported=known)
-    return History(tuple(found.values()), tuple(dict.fromkeys(left_out)))
+    return History(tuple(found.values()), tuple(dict.fromkeys(left_out)), frozenset(found))
 
 
 def _plans(study: Path, left_out: list[str]) -> list[tuple[StudyPlan, Path]]:

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
@@ -144,7 +144,7 @@ class NextRun:
     text: str
     command: str
     cost: float
-    """Compute divided by the compute of one direct run with one seed."""
+    """Training compute of the stages that are not finished, divided by the compute of one direct run with one seed."""
     gain: float | None
     """Expected improvement, because this run may lead to a better choice of path. None for the run to start now."""
 
@@ -155,6 +155,7 @@ def steps(
     overrides: Sequence[str],
     advice: Advice,
     costs: Mapping[tuple[str, ...], PathCost],
+    cost_of: Callable[[Sequence[str]], float],
     finished: Container[str] = (),
 ) -> tuple[NextRun, ...]:
     """Return the runs that the advice proposes. The first is the run to start now. The others are experiments.
@@ -168,34 +169,43 @@ def steps(
         overrides: the KEY=VALUE arguments of the command line. The commands repeat them.
         advice: the verdict and the experiments.
         costs: the cost of every path.
+        cost_of: returns the cost of the recipe with some KEY=VALUE arguments (`NextRun.cost`).
         finished: the paths (`path_name`) and equal-compute baselines (`twin_name`) whose stages are all finished.
     """
 
-    def command(arms: list[str], seeds: int) -> str:
-        first = max(recipe.seeds) + 1
-        chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
-        return shlex.join(["tadistill", "run", source, *overrides, *arms, *_unbudgeted(recipe, arms), f"seeds={chosen}".replace(" ", "")])
+    def next_run(text: str, settings: list[str], cost: float, gain: float | None = None) -> NextRun:
+        return NextRun(text, shlex.join(["tadistill", "run", source, *overrides, *settings]), cost, gain)
 
-    def now(what: str, arms: list[str], cost: float, names: list[str], why: str = "") -> NextRun:
+    def now(what: str, arms: list[str], names: list[str], why: str = "") -> NextRun:
         if all(name in finished for name in names):
             return NextRun(f"now: nothing to run; {what} ({over}) {'are' if len(names) > 1 else 'is'} finished", "", 0.0, None)
-        return NextRun(f"now: {what}, {over}{why}", command(arms, seeds), cost * seeds, None)
+        return next_run(f"now: {what}, {over}{why}", settings := _settings(recipe, arms, seeds), cost_of(settings))
 
-    seeds, found = len(recipe.seeds), []
-    over = counted(seeds, "seed")
+    seeds, over, found = len(recipe.seeds), counted(len(recipe.seeds), "seed"), list[NextRun]()
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
-        path, twice = advice.path, 2 * costs[advice.path].multiple
-        what, names = f"{path_text(path)} and direct distillation of equal compute", [path_name(path), twin_name(path)]
-        found.append(now(what, _chain(recipe, path), twice, names, "; the chain is useful if it wins on the test sets"))
+        what, names = f"{path_text(advice.path)} and direct distillation of equal compute", [path_name(advice.path), twin_name(advice.path)]
+        found.append(now(what, _chain(recipe, advice.path), names, "; the chain is useful if it wins on the test sets"))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
         what = f"direct distillation with the compute of {path_text(wanted)}"
-        found.append(now(what, _longer(recipe, wanted, costs[wanted]), costs[wanted].multiple, [twin_name(wanted)]))
+        found.append(now(what, _longer(recipe, wanted, costs[wanted]), [twin_name(wanted)]))
     for e in advice.next:
-        text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {counted(e.seeds, 'seed')}"
-        found.append(NextRun(text, command(_chain(recipe, e.path), e.seeds), e.cost, e.gain))
+        more = f" ({e.new} of them new)" if e.new < e.seeds else ""
+        text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {counted(e.seeds, 'seed')}{more}"
+        found.append(next_run(text, experiment_settings(recipe, e.path, e.seeds), e.cost, e.gain))
     return tuple(found)
+
+
+def experiment_settings(recipe: Recipe, path: tuple[str, ...], seeds: int) -> list[str]:
+    """Return the KEY=VALUE arguments with which a recipe compares a path with direct at equal compute, with a number of seeds."""
+    return _settings(recipe, _chain(recipe, path), seeds)
+
+
+def _settings(recipe: Recipe, arms: list[str], seeds: int) -> list[str]:
+    first = max(recipe.seeds) + 1
+    chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
+    return [*arms, *_unbudgeted(recipe, arms), f"seeds={chosen}".replace(" ", "")]
 
 
 def _unbudgeted(recipe: Recipe, arms: list[str]) -> list[str]:

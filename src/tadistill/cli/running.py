@@ -124,7 +124,8 @@ def advise(
         advise_recipe(
             read_recipe(recipe, chosen),
             source=str(recipe),
-            overrides=[*chosen, *runs_option(runs)],
+            overrides=chosen,
+            options=runs_option(runs),
             runs=runs_directory(runs),
             prompts=prompts,
             console=console,

@@ -59,6 +59,6 @@ def report() -> Report:
         rules=rules(found, ladder, None),
         history=past,
         advice=advice,
-        steps=steps(recipe, "recipe.yaml", [], advice, priced),
+        steps=steps(recipe, "recipe.yaml", [], advice, priced, lambda settings: 1.0),
         notes=notes(recipe, list(priced), found, advice, past, "rouge_l", 20),
     )

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
-from tadistill.advise.command import _finished, edge_measures, margin_on
-from tadistill.advise.decide import improvement, improvement_unit
-from tadistill.advise.history import History, Observation, path_edges
+from tadistill.advise.command import Commands, _finished, edge_measures, margin_on
+from tadistill.advise.decide import SEEDS, Work, improvement, improvement_unit
+from tadistill.advise.history import Candidate, History, Observation, path_edges
 from tadistill.advise.measures import Mean, costs, ladder, twin_name, with_search
-from tadistill.advise.words import lambda_sweeps, notes, rules, steps, sweep_text
+from tadistill.advise.words import experiment_settings, lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 
@@ -22,6 +22,11 @@ from tadistill.plan.arms import make_plan
 def study():
     found = with_search(load(RECIPE, []))
     return found, ladder(found), costs(found)[1]
+
+
+def one(settings):
+    """The cost of a command, where it does not matter."""
+    return 1.0
 
 
 def test_the_predictor_gets_every_measure():
@@ -89,7 +94,7 @@ def arms_of(command: str, *, start: str = "tadistill run") -> tuple[list[str], d
 def test_commands_are_recipes_that_plan(study):
     found, _, priced = study
     advice = verdict(priced)
-    now, *more = steps(found, str(RECIPE), ["data.limit.train=100"], advice, priced)
+    now, *more = steps(found, str(RECIPE), ["data.limit.train=100"], advice, priced, one)
     assert now.gain is None
     assert len(more) == len(advice.next)
     found_chain = {}
@@ -112,7 +117,7 @@ def test_commands_plan_in_a_recipe_that_adds_arms_itself(more):
     found = with_search(load(RECIPE, more))
     priced = costs(found)[1]
     advice = verdict(priced)
-    now, *others = steps(found, str(RECIPE), more, advice, priced)
+    now, *others = steps(found, str(RECIPE), more, advice, priced, one)
     assert {"direct", f"{'-'.join(advice.next[0].path)}-twin"} == set(arms_of(now.command)[1])
     for step, experiment in zip(others, advice.next, strict=True):
         name = "-".join(experiment.path)
@@ -125,7 +130,7 @@ def test_commands_keep_the_budgets_that_other_arms_need(budgets):
     found = with_search(load(RECIPE, more))
     priced = costs(found)[1]
     advice = verdict(priced)
-    now, *others = steps(found, str(RECIPE), more, advice, priced)
+    now, *others = steps(found, str(RECIPE), more, advice, priced, one)
     assert {"direct", "direct-2x", "again", f"{'-'.join(advice.next[0].path)}-twin"} == set(arms_of(now.command)[1])
     name = "-".join(advice.next[0].path)
     assert {"direct", "direct-2x", "again", name, f"{name}-twin"} == set(arms_of(others[0].command)[1])
@@ -135,7 +140,7 @@ def test_the_direct_run_now_is_the_stage_that_the_chains_twin_will_be(study):
     """Nothing is trained twice when the chain is tried after all."""
     found, _, priced = study
     advice = verdict(priced)
-    now, first, *_ = steps(found, str(RECIPE), [], advice, priced)
+    now, first, *_ = steps(found, str(RECIPE), [], advice, priced, one)
     _, alone = arms_of(now.command)
     _, beside = arms_of(first.command)
     name = f"{'-'.join(advice.next[0].path)}-twin"
@@ -146,10 +151,60 @@ def test_a_finished_run_is_not_proposed_again(study):
     found, _, priced = study
     advice = verdict(priced)
     wanted = advice.next[0].path
-    now, *more = steps(found, str(RECIPE), [], advice, priced, {twin_name(wanted)})
+    now, *more = steps(found, str(RECIPE), [], advice, priced, one, {twin_name(wanted)})
     assert now.text == f"now: nothing to run; direct distillation with the compute of {' > '.join(wanted)} (1 seed) is finished"
     assert now.command == ""
-    assert more == list(steps(found, str(RECIPE), [], advice, priced)[1:])
+    assert more == list(steps(found, str(RECIPE), [], advice, priced, one)[1:])
+
+
+@pytest.fixture(scope="module")
+def plans(study):
+    """The commands of the recipe, and the plan of the experiment on xl > l > s with its stages of training."""
+    found, _, priced = study
+
+    def commands(*finished, history=()):
+        store, past = SimpleNamespace(finished=set(finished).__contains__), History((), (), frozenset(history))
+        return Commands(found, str(RECIPE), [], store, past, priced["xl", "s"].flops)
+
+    def plan(seeds):
+        made = make_plan(load(RECIPE, experiment_settings(found, ("xl", "l", "s"), seeds)))
+        return made, {key: stage.flops for key, stage in made.stages.items() if stage.flops}
+
+    return commands, plan, Candidate(("xl", "l", "s"), priced["xl", "l", "s"].multiple, ())
+
+
+def test_an_experiment_costs_what_its_command_still_trains(plans):
+    """Its cost counted stages that all seeds share once for each seed and arm, counted finished stages, and left out the direct arm."""
+    commands, plan, chain = plans
+    made, flops = plan(SEEDS)
+    whole = commands().work(chain)
+    assert {arm.name for arm in made.arms} == {"direct", "xl-l-s", "xl-l-s-twin"}
+    assert whole == Work(SEEDS, SEEDS, pytest.approx(sum(flops.values()) / commands().direct))
+    fresh = {key: value for key, value in flops.items() if made.stages[key].kind == "distill"}
+    started = commands(*(flops.keys() - fresh.keys())).work(chain)
+    assert started.cost == pytest.approx(sum(fresh.values()) / commands().direct)
+    assert started.cost < whole.cost < 2 * SEEDS * chain.cost
+    assert commands(*flops).work(chain) == Work(SEEDS, SEEDS, 0)  # only to be evaluated
+
+
+def test_an_experiment_that_history_has_is_proposed_with_further_seeds(plans):
+    commands, plan, chain = plans
+    made, _ = plan(2 * SEEDS)
+    finals = [[key for seed, key in arm.final.items() if seed in made.recipe.seeds[:SEEDS]] for arm in made.arms if arm.name != "direct"]
+    assert [len(keys) for keys in finals] == [SEEDS, SEEDS]
+    known = commands(history=[*finals[0], *finals[1]]).work(chain)
+    assert (known.seeds, known.new) == (2 * SEEDS, SEEDS)
+    partly = commands(history=[*finals[0], *finals[1][:1]]).work(chain)  # one seed of both arms
+    assert (partly.seeds, partly.new) == (SEEDS, SEEDS - 1)
+
+
+def test_a_command_with_further_seeds_says_how_many_are_new(study):
+    found, _, priced = study
+    advice = verdict(priced)
+    more = replace(advice, next=(replace(advice.next[0], seeds=2 * SEEDS),))
+    _, step = steps(found, str(RECIPE), [], more, priced, one)
+    assert step.text.endswith("with direct at equal compute, 6 seeds (3 of them new)")
+    assert "seeds=[1,2,3,4,5,6]" in step.command
 
 
 def test_a_run_is_finished_with_all_stages_of_its_arms(study):
@@ -183,7 +238,7 @@ def test_a_chain_that_has_proven_itself_is_run_beside_its_twin(study):
                 history.append(Observation(f"family {number}", path, seed, edges, cost, quality, "rouge_l", "earlier"))
     advice = verdict(priced, history)
     assert advice.verdict == "chain"
-    (now,) = steps(found, str(RECIPE), [], advice, priced)
+    (now,) = steps(found, str(RECIPE), [], advice, priced, one)
     _, arms = arms_of(now.command)
     name = "-".join(advice.path)
     assert {name, f"{name}-twin", "direct"} == set(arms)

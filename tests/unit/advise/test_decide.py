@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tadistill.advise.decide import SEEDS, _knowledge_gradient, advise
+from tadistill.advise.decide import SEEDS, Work, _knowledge_gradient, advise
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation
 from tadistill.advise.predict import Forecast
 from tadistill.advise.words import reason
@@ -41,6 +41,15 @@ def test_without_history_direct_with_the_size_law_as_a_hypothesis():
     assert chain.high > 0.9
     (experiment,) = advice.next
     assert (experiment.path, experiment.cost) == (("t", "a", "s"), 2 * SEEDS * 2.0)
+
+
+def test_experiments_are_ranked_by_the_cost_and_the_seeds_of_their_work():
+    other = Candidate(("t", "b", "s"), 2.0, (Edge("t", "b", CHAIN.edges[0].measures), Edge("b", "s", CHAIN.edges[1].measures)))
+    done = {"a": Work(6, 3, 9.0), "b": Work(3, 1, 0.0)}
+    first, second = advise([DIRECT, CHAIN, other], [], margin=0.3, work=lambda chain: done[chain.path[1]]).next
+    assert (first.path[1], first.seeds, first.new, first.cost) == ("b", 3, 1, 0.0)
+    assert (second.path[1], second.seeds, second.new, second.cost) == ("a", 6, 3, 9.0)
+    assert second.gain > first.gain > 0  # more seeds tell more
 
 
 def test_history_without_a_twin_is_no_history():
