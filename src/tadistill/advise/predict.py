@@ -11,7 +11,8 @@ minus that of direct distillation, or the opposite if lower values are better. I
 
 Intercept, slopes and effects have normal priors with mean 0. Four hyper-parameters are not known: the ratio of two neighbouring hop
 weights; and the standard deviations of slopes, family effects and edge effects. The forecast is an average over a grid of their values,
-weighted by marginal likelihood. Intervals are wider for measures outside the range of earlier chains.
+weighted by marginal likelihood. Intervals are wider for measures outside the range of earlier chains. A measure counts as at most as far
+outside this range as the range is wide. Otherwise two earlier chains that are alike would make every other chain infinitely different.
 """
 # Hyper-parameters are not maximised: with few families, the maximum often says that families do not differ, and intervals are too narrow.
 # The last hop has the largest weight: in figure 5 of TAKD, the last assistant changes the student by 2 points, the path to it by 0.3.
@@ -233,7 +234,9 @@ def _standardised(columns: dict[str, Array], rows: int, seen: int) -> tuple[Arra
         return np.zeros((rows, 1)), unknown_R
     x_RK = np.stack(list(columns.values()), axis=1)
     x_RK = (x_RK - x_RK[:seen].mean(axis=0)) / x_RK[:seen].std(axis=0)
-    excess_RK = np.maximum(x_RK[:seen].min(axis=0) - x_RK, 0) + np.maximum(x_RK - x_RK[:seen].max(axis=0), 0)
+    low_K, high_K = x_RK[:seen].min(axis=0), x_RK[:seen].max(axis=0)
+    x_RK = np.clip(x_RK, 2 * low_K - high_K, 2 * high_K - low_K)  # at most as far outside the range as the range is wide
+    excess_RK = np.maximum(low_K - x_RK, 0) + np.maximum(x_RK - high_K, 0)
     return x_RK, np.maximum(excess_RK.max(axis=1), unknown_R)
 
 

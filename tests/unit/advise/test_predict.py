@@ -160,6 +160,20 @@ def test_beyond_history_is_named_and_wider():
     assert far.sd > 1.5 * near.sd
 
 
+@pytest.mark.parametrize("alike", [0.0, 1e-7, 1e-4, 1e-2])
+def test_two_earlier_chains_that_are_alike_make_no_other_chain_infinitely_different(alike):
+    """An interval was 60 times as wide as all differences that were ever seen, because the chains differed by 1e-6."""
+    sizes = {"t": 20.0, "a": 6.0, "b": 6.0 * (1 + alike), "s": 1.0}
+    runs = observe("f", (*"ts",), 2.0, [20.0, 20.1, 19.9], sizes)
+    for path in ("tas", "tbs"):
+        runs += observe("f", tuple(path), 2.0, [19.0, 18.9, 19.1], sizes)
+    chain, (direct,) = Candidate((*"tabs",), 2.3, hops("tabs", {**sizes, "b": 2.0})), hops("ts", sizes)
+    (forecast,) = predict.predict([chain], direct, pair_up(runs), margin=0.3, family="f").forecasts
+    low, high = forecast.interval(0.95)
+    assert "size" in forecast.beyond or alike == 0
+    assert -15 < low < high < 15
+
+
 def test_a_measure_that_history_lacks_is_named_and_not_used():
     history = some_pairs(np.random.default_rng(5))
     kls = {("t", "s"): 0.5, ("t", "a"): 0.2, ("a", "s"): 0.3}
