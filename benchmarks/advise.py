@@ -52,7 +52,7 @@ def forecasts(family: Family, history: Sequence[Observation]) -> Predictions:
 
 def decided(family: Family, found: Predictions) -> Advice:
     """Return the advice of `advise`."""
-    return decide(family.candidates, found, scale="rouge_l" if found.pairs else None, margin=MARGIN, level=LEVEL)
+    return decide(family.candidates, found, margin=MARGIN, level=LEVEL)
 
 
 def experiment(family: Family, path: Chosen) -> tuple[Observation, ...]:
