@@ -204,7 +204,7 @@ def report_study(study: Path, store: Store, terminal: Terminal) -> None:
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
     from tadistill.report.analysis import student_of
     from tadistill.report.answer import next_seeds
-    from tadistill.results.collect import MEAN, primary_metric, seeds_of
+    from tadistill.results.collect import MEAN, primary_metric
 
     if results.missing:
         yield results.plan.command, "Run what is missing"
@@ -220,15 +220,16 @@ def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]
         best = max(means, key=lambda name: means[name])
         which = " with the highest mean" if len(means) > 1 else ""
         yield command_for("export", study, best, f"./{best}"), f"Copy the model{which}"
-    seeds, wanted = seeds_of(results), next_seeds(results) or 0
+    seeds, wanted = [*dict.fromkeys(seed for arm in results.plan.arms for seed in arm.evaluate)], next_seeds(results) or 0
     if len(seeds) < wanted <= _MOST_SEEDS and results.plan.command.startswith("tadistill run "):
         yield _with_seeds(results.plan.command, seeds, wanted), f"Train {wanted} seeds"
 
 
 def _with_seeds(command: str, seeds: Sequence[int], count: int) -> str:
-    words = [word for word in shlex.split(command) if not word.startswith("seeds=")]
-    step = seeds[-1] - seeds[-2] if len(seeds) > 1 else 10 if seeds[0] % 10 == 0 else 1
-    more = [*seeds, *(seeds[-1] + step * i for i in range(1, count - len(seeds) + 1))]
+    # the recipe's order stays: the first seed is exported, and determines the compute of equal budgets
+    words, ranked = [word for word in shlex.split(command) if not word.startswith("seeds=")], sorted(seeds)
+    step = ranked[-1] - ranked[-2] if len(seeds) > 1 else 10 if seeds[0] % 10 == 0 else 1
+    more = [*seeds, *(ranked[-1] + step * i for i in range(1, count - len(seeds) + 1))]
     return shlex.join([*words[:3], f"seeds=[{','.join(map(str, more))}]", *words[3:]])
 
 

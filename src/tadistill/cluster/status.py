@@ -253,9 +253,9 @@ def cancel(study: Path, store: Store) -> int:
     A running stage saves its state first, and continues from it when the study is submitted again. If another study waits for one of these
     jobs, submit that study again too.
     """
-    queued = slurm.queued()
+    queued, name = slurm.queued(), read_plan(study).get("study", study.name)  # the folder of an earlier run has another name
     # finished stages are included, because later jobs of their chains may still be queued
-    found = [record for s in planned_stages(study) if (record := read_record(store, s["key"])) and record.study == study.name]
+    found = [record for s in planned_stages(study) if (record := read_record(store, s["key"])) and record.study == name]
     jobs = {entry.id for record in found for entry in record.entries(queued)}
     slurm.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
     return len(jobs)

@@ -75,7 +75,6 @@ def write_sheet(directory: Path, sheet: Sheet, *, name: str) -> Path:
     table = directory / f"sheet-{name}.csv"
     if table.is_file() and table.read_text(encoding="utf-8", errors="replace") != _table(sheet):
         raise ConfigError(f"{table} has been changed, perhaps by a rater; choose another --name, or move or delete this CSV file")
-    directory.mkdir(parents=True, exist_ok=True)
     page = directory / f"sheet-{name}.html"
     write_json(key_path, sheet.key)
     write_text(page, render_sheet(sheet))

@@ -16,7 +16,7 @@ import yaml
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.recipe_files import placed
 from tadistill.data.tinyworld import TOKENIZERS, check_name
-from tadistill.disk import write_json
+from tadistill.disk import replacing, write_json, writing
 from tadistill.errors import ConfigError, about
 from tadistill.models import sources
 from tadistill.models.sources import fetch_part, locate_part, needed_part
@@ -157,11 +157,13 @@ def _keep_report(study: Path, content: dict) -> Path | None:
     if old == _shown(content):
         return None
     folder = study / "earlier" / key_of(old)[:8]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(path, folder / path.name)
-    for name in _REPORT:
-        if (study / name).is_file():
-            os.replace(study / name, folder / name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / path.name) as temporary:
+            shutil.copy2(path, temporary)
+        for name in _REPORT:
+            if (study / name).is_file():
+                os.replace(study / name, folder / name)
     return folder / _REPORT[0]
 
 

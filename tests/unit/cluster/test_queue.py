@@ -15,7 +15,7 @@ from tadistill.cluster.job import Job, JobRecord, Place, arrays, read_record
 from tadistill.cluster.list_and_clean import studies
 from tadistill.cluster.sbatch import Request
 from tadistill.cluster.slurm import Entry
-from tadistill.cluster.status import print_status, status_rows
+from tadistill.cluster.status import cancel, print_status, status_rows
 from tadistill.disk import write_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.plan.graph import Stage
@@ -185,6 +185,18 @@ def test_a_job_in_the_queue_runs_or_is_queued(word, state, tmp_path, monkeypatch
     output = io.StringIO()
     print_status(study, store, Terminal(file=output, width=200))
     assert "jobs are queued or running; cancel them with" in output.getvalue()
+
+
+def test_cancel_of_an_earlier_run_finds_its_jobs(tmp_path, monkeypatch):
+    """The name of its folder is not the name of the study, so the command that `status` printed cancelled no job."""
+    earlier, store, asked = tmp_path / "mine" / "earlier" / "0123abcd", Store(tmp_path / "store"), []
+    write_json(earlier / "plan.json", {"study": "mine", "stages": [{"key": "k"}, {"key": "l"}]})
+    JobRecord("1", None, "n", "mine").write(store, "k")
+    JobRecord("2", None, "n", "other").write(store, "l")
+    monkeypatch.setattr(slurm, "queued", lambda: {i: Entry(i, "PENDING", "", "n", "") for i in "12"})
+    monkeypatch.setattr(slurm, "cancel", lambda ids: asked.append({*ids}))
+    assert cancel(earlier, store) == 1
+    assert asked == [{"1"}]
 
 
 def test_list_knows_no_state_of_jobs_if_squeue_does_not_answer(programs, tmp_path):

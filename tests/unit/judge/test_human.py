@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from tadistill.cli import app
 from tadistill.config.evaluate import BlindSheet
-from tadistill.errors import ConfigError, DataError
+from tadistill.errors import ConfigError, DataError, StoreError
 from tadistill.judge import commands
-from tadistill.judge.people import Rating, agreement
+from tadistill.judge.people import Rating, Sheet, agreement, write_sheet
 from tadistill.terminal import Terminal
 
 
@@ -257,3 +257,9 @@ def test_page_in_a_browser(browser, study, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert problems == []
     assert [url for url in requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"cannot write .*sheet-a.key.json: .*; one of the folders in this path is a file"):
+        write_sheet(tmp_path / "file", Sheet("id", [], {}), name="a")

@@ -229,6 +229,13 @@ def test_the_command_with_more_seeds_is_that_of_the_sentence(tmp_path, gain, see
     assert offered == ([int(said[1])] if said else [])
 
 
+def test_the_command_with_more_seeds_keeps_their_order(tmp_path):
+    """It sorted them, but the recipe's first seed is the one that `export` copies."""
+    study = build_study(tmp_path, StudySpec([ArmSpec("direct", ("xl", "s")), ArmSpec("chain", ("xl", "l", "s"))], seeds=(3, 1)))
+    (command,) = [command for command, why in _next_commands(study.read(), study.study_dir) if re.match(r"Train \d", why)]
+    assert "seeds=[3,1,5" in command
+
+
 def test_more_seeds_are_not_asked_for_if_they_cannot_help(results):
     (c, *_) = by_importance(results)
     assert needed_seeds(replace(c, seeds_needed=None)) is None

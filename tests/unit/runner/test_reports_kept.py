@@ -2,12 +2,13 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import yaml
 
 from tadistill.config import parse
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, StoreError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.runner.run_study import _REPORT, evaluation_recipe, save_plan
@@ -45,6 +46,25 @@ def test_a_report_of_other_seeds_is_kept(tmp_path):
     assert json.loads((tmp_path / "kept" / "plan.json").read_text())["command"] == "run seeds=[1]"
     save(tmp_path, "evaluate.temperature=0")
     assert len(list((tmp_path / "kept" / "earlier").iterdir())) == 2
+
+
+@pytest.mark.parametrize("place", ["shutil.copy2", "pathlib.Path.mkdir", "os.replace"])
+def test_a_report_that_cannot_be_moved_is_said_and_stays(tmp_path, monkeypatch, place):
+    save(tmp_path)
+    study, full = tmp_path / "kept", OSError(28, "No space left on device")
+
+    def refused(source, *_, **__):
+        if place == "shutil.copy2":
+            shutil.copyfile(source, *_)
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, refused)
+        with pytest.raises(StoreError, match=r"cannot write .*earlier/.*: No space left on device; free some space"):
+            save(tmp_path, "seeds=[1]")
+    assert [*study.glob("earlier/*/*")] == []
+    assert (study / "report.html").read_text() == "of ()"
+    assert "was moved to" in save(tmp_path, "seeds=[1]")
 
 
 def test_the_settings_that_differ_from_the_last_run_are_named(tmp_path):
