@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickletools
+import re
 import shlex
 import shutil
 import zipfile
@@ -46,10 +47,14 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def named_runs(given: str | Path | None) -> str | Path | None:
+    """Return the runs directory that the user names: `given` (the option --runs), else the variable TADISTILL_RUNS, else None."""
+    return given or os.environ.get("TADISTILL_RUNS") or None
+
+
 def runs_directory(given: str | Path | None = None) -> Path:
-    """Return the runs directory: `given` (the option --runs), else the environment variable TADISTILL_RUNS, else ./runs."""
-    named = os.environ.get("TADISTILL_RUNS")
-    return from_home(given, "the runs directory") if given else from_home(named or "runs", "TADISTILL_RUNS")
+    """Return the runs directory that the user names (`named_runs`), else ./runs."""
+    return from_home(named_runs(given) or "runs", "the runs directory" if given else "TADISTILL_RUNS")
 
 
 def store_of(runs: Path) -> "Store":
@@ -65,24 +70,24 @@ def runs_of(study: Path) -> Path:
 
 
 def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Store"]:
-    """Return a study's folder and the store of its stages: the store of the runs directory in which the folder lies.
+    """Return a study's folder and the store of its stages: the first of several stores that has a stage of the study, finished or not.
 
-    A link leads to the folder that it names if no store is beside the link. A folder without a store beside it, for instance a copy, is
-    read with the store of `runs`.
+    The stores are that beside the folder, that beside the folder to which a link leads, and that of the runs directory. If `runs` is given,
+    its store is the first. If none has a stage of the study, the store of `runs` is returned, else the first one that exists.
 
     Raises:
-        ConfigError: `runs` is given, but the study lies in another runs directory.
+        ConfigError: the store of `runs` has no stage of the study, but another one has.
     """
     root, place = runs_directory(runs), study if study.name not in ("", "..") else study.resolve()
-    found = [(folder, runs_of(folder)) for folder in (place, place.resolve())]
-    for folder, home in found:
-        if home.resolve() == root.resolve():
-            return folder, store_of(root)
-    elsewhere = next(((folder, home) for folder, home in found if store_of(home).root.is_dir()), None)
-    if not elsewhere:
-        return place, store_of(root)
-    folder, home = elsewhere
-    if runs:
+    homes = ((folder, runs_of(folder)) for folder in (place, place.resolve()))
+    beside = [(folder, root if home.resolve() == root.resolve() else home) for folder, home in homes]
+    at_root = next((pair for pair in beside if pair[1] == root), (place, root))
+    keys = _named_keys(place) if any(home != root for _, home in beside) else set()
+    pairs = [at_root, *beside] if runs else [*beside, at_root]
+    have = [pair for pair in pairs if any(store_of(pair[1]).folder(key).is_dir() for key in keys)]
+    exist = [] if runs or at_root in beside else [pair for pair in beside if store_of(pair[1]).root.is_dir()]
+    folder, home = [*have, *exist, at_root][0]
+    if runs and home != root:
         raise ConfigError(
             f"study {study} lies in the runs directory {home}, but {root} was given; leave out --runs (in Python `runs`), or give only the "
             "name of a study"
@@ -90,11 +95,27 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     return folder, store_of(home)
 
 
-def command_for(verb: str, study: Path, *more: str) -> str:
-    """Return the command `tadistill VERB STUDY MORE…`, with --runs if the study is not in the default runs directory."""
-    runs = runs_of(study)
-    place = [] if runs.resolve() == runs_directory().resolve() else ["--runs", str(runs)]
-    return shlex.join(["tadistill", verb, str(study.absolute().relative_to(runs.absolute())), *more, *place])
+def _named_keys(study: Path) -> set[str]:
+    plan = study / "plan.json"
+    files = [plan] if plan.is_file() else [*study.glob("*.json"), *study.glob("*/*.json")]  # a search has no plan
+    return {key for path in files if os.access(path, os.R_OK) for key in re.findall(r"\b[0-9a-f]{16}\b", path.read_text(errors="ignore"))}
+
+
+def command_for(verb: str, study: Path, *more: str, store: "Store | None" = None) -> str:
+    """Return the command `tadistill VERB STUDY MORE…`. STUDY and --runs are such that the command finds this study and its store.
+
+    Args:
+        store: the store of the study's stages. None means that of the runs directory in which the study lies.
+    """
+    home, default = runs_of(study), runs_directory()
+    runs = store.root.parent if store else home
+    if runs.resolve() == home.resolve():
+        name = str(study.absolute().relative_to(home.absolute()))
+        found = home.resolve() == default.resolve() and not Path(name, "plan.json").is_file()  # a copy in the working directory
+    else:  # a copy, or a link
+        name = str(study.absolute() if (runs / study).exists() else study)
+        found = with_store(study)[1].root.resolve() == (runs / "store").resolve()
+    return shlex.join(["tadistill", verb, name, *more, *([] if found else ["--runs", str(runs)])])
 
 
 class Store:

@@ -215,11 +215,11 @@ def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]
     student, metric = student_of(results), primary_metric(results)
     copied = [arm for arm in trained if arm.model == student and arm.control is None]
     means = {arm.name: s.mean for arm in copied if (s := results.summaries.get((arm.name, MEAN, metric)))}
-    yield command_for("watch", study), "Look at curves, samples and stages in a browser"
+    yield command_for("watch", study, store=results.store), "Look at curves, samples and stages in a browser"
     if means:
         best = max(means, key=lambda name: means[name])
         which = " with the highest mean" if len(means) > 1 else ""
-        yield command_for("export", study, best, f"./{best}"), f"Copy the model{which}"
+        yield command_for("export", study, best, f"./{best}", store=results.store), f"Copy the model{which}"
     seeds, wanted = [*dict.fromkeys(seed for arm in results.plan.arms for seed in arm.evaluate)], next_seeds(results) or 0
     if len(seeds) < wanted <= _MOST_SEEDS and results.plan.command.startswith("tadistill run "):
         yield _with_seeds(results.plan.command, seeds, wanted), f"Train {wanted} seeds"

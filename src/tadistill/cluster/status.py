@@ -189,8 +189,8 @@ def print_status(study: Path, store: Store, console: Terminal) -> None:
     summary = ", ".join(f"{n} {state}" for state, n in counts.most_common())
     console.print(table)
     if table.row_count < len(found) and (study / _PLAN).is_file():
-        console.say(f"a line of several seeds stands for their stages; {command_for('watch', study)} shows each")
-    for line in ("", summary, *map(_about, runs), *_choice(study), _advice(counts, study, runs)):
+        console.say(f"a line of several seeds stands for their stages; {command_for('watch', study, store=store)} shows each")
+    for line in ("", summary, *map(_about, runs), *_choice(study), _advice(counts, study, store, runs)):
         console.say(line)
 
 
@@ -208,20 +208,20 @@ def _about(run: LocalRun) -> str:
     return f"process {run.pid} on {run.host} (started {run.started}) {how[run.state]}"
 
 
-def _advice(counts: Counter[str], study: Path, runs: list[LocalRun]) -> str:
+def _advice(counts: Counter[str], study: Path, store: Store, runs: list[LocalRun]) -> str:
     search = not (study / _PLAN).is_file()
     running = any(run.state == "running" for run in runs)
     if set(counts) == {"done"} and not search:
-        return f"all stages are done; {report_text(study)}"
+        return f"all stages are done; {report_text(study, store)}"
     if running:
-        page = "a search has no page to watch" if search else f"{command_for('watch', study)} shows the run in a browser"
+        page = "a search has no page to watch" if search else f"{command_for('watch', study, store=store)} shows the run in a browser"
         return f"the log of the run is {study / LOG}; {page}"
     if search:
         command = next((run.command for run in reversed(runs) if run.searches), "tadistill search RECIPE")
         finished = set(counts) == {"done"} and (study / SEARCH).is_file()
         return f"`{command}` {'shows all paths, and trains nothing' if finished else 'continues the search'}"
     if {"queued", "running"} & set(counts):
-        return f"jobs are queued or running; cancel them with {command_for('cancel', study)}"
+        return f"jobs are queued or running; cancel them with {command_for('cancel', study, store=store)}"
     if runs:
         return f"nothing is running; continue with `{runs[-1].command}`"
     return f"nothing is queued or running; continue with `{read_plan(study).get('command') or 'tadistill run RECIPE'}`"
@@ -241,9 +241,9 @@ def _choice(study: Path) -> Iterator[str]:
         yield "this is the direct path, so there is no path with assistants to confirm"
 
 
-def report_text(study: Path) -> str:
+def report_text(study: Path, store: Store) -> str:
     """Say where the report of a finished study is, or how to write it."""
-    page, command = study / "report.html", command_for("report", study)
+    page, command = study / "report.html", command_for("report", study, store=store)
     return f"the report is {page} ({command} writes it again)" if page.is_file() else f"write the report with {command}"
 
 

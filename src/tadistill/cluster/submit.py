@@ -319,7 +319,7 @@ def _next_step(plan: Plan, study: Path, submission: Submission, *, sent: bool, w
 
 
 def _all_done(plan: Plan, study: Path) -> str:
-    return f"all {counted(len(plan.stages), 'stage is', 'stages are')} done; {report_text(study)}"
+    return f"all {counted(len(plan.stages), 'stage is', 'stages are')} done; {report_text(study, store_of(study.parent))}"
 
 
 def _table(sent: list[Sent]) -> Table:

@@ -16,7 +16,7 @@ from tadistill.disk import from_home, read_json
 from tadistill.errors import ConfigError, StoreError, did_you_mean
 from tadistill.metrics import declare
 from tadistill.runner.local import is_search, not_planned
-from tadistill.store import Store, command_for, runs_directory, with_store
+from tadistill.store import Store, command_for, named_runs, runs_directory, with_store
 
 
 @dataclass(frozen=True)
@@ -290,16 +290,18 @@ def find_study(study: str, runs: str | Path | None, *, searches: bool = False) -
     root, given = runs_directory(runs), from_home(study, "the study")
     recipe, name = study_in(located(given)), study_in(given) or str(given)
     here, there = [Path(name)], [root / name, root / (recipe or name)]
-    folders = [*there, *here] if runs else [*here, *there]
+    folders = [*there, *here] if named_runs(runs) else [*here, *there]
     early = not_planned(*folders)  # asked first, because the plan may be written in between
     if found := next((folder for folder in folders if (folder / "plan.json").is_file()), None):
         return with_store(found, runs)
     if early:
         raise early
     if found := next(filter(is_search, folders), None):
+        folder, store = with_store(found, runs)
         if searches:
-            return with_store(found, runs)
-        raise ConfigError(f"{found.name} is a search, which has no page and no report; `{command_for('status', found)}` shows it")
+            return folder, store
+        shown = command_for("status", folder, store=store)
+        raise ConfigError(f"{folder.name} is a search, which has no page and no report; `{shown}` shows it")
     if study.endswith((".yaml", ".yml")) and recipe is None:
         raise ConfigError(f"{study} is not a recipe that can be read; give the name of a study, or the recipe that it was run from")
     start = f"start one with `tadistill run {shlex.quote(study) if recipe else 'RECIPE'}`"

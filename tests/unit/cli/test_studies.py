@@ -10,11 +10,12 @@ from tests.unit.report.builder import SMALL, StudySpec, build_study
 from tests.unit.runner.small import small
 
 from tadistill.config import parse
+from tadistill.errors import ConfigError
 from tadistill.metrics import METRICS
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study, load_plan
 from tadistill.runner.run_study import save_plan
-from tadistill.store import command_for
+from tadistill.store import command_for, key_of, store_of
 
 RECIPE = small("s")
 
@@ -117,6 +118,73 @@ def test_where_a_study_is(tmp_path, monkeypatch):
     assert command_for("export", earlier, "ARM") == f"tadistill export s/earlier/0123abcd ARM --runs {study.parent}"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert found("~/a/s") == (study, store)
+
+
+def placed(folder: Path, *homes: Path) -> Path:
+    """A study in `folder`, with one of its stages in the stores of `homes`."""
+    folder.mkdir(parents=True)
+    (folder / "plan.json").write_text(json.dumps({"stages": [{"key": key_of(folder.name)}]}))
+    for home in homes:
+        store_of(home).folder(key_of(folder.name)).mkdir(parents=True)
+    return folder
+
+
+def test_the_store_that_has_the_stages_of_a_study_is_read(tmp_path, monkeypatch):
+    """A folder named `store` beside the study, the copy or the link may belong to something else."""
+    study, mine = placed(tmp_path / "a" / "s", tmp_path / "a"), placed(tmp_path / "w" / "mine", tmp_path / "w" / "runs")
+    for folder in (tmp_path / "w" / "store", tmp_path / "w" / "runs" / "store", tmp_path / "c" / "store"):
+        folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / "w")
+    Path("runs/s").symlink_to(study)
+    assert find_study("mine", None)[1].root.resolve() == find_study("mine", "runs")[1].root.resolve() == tmp_path / "w" / "runs" / "store"
+    folder, store = find_study("s", None)
+    assert (folder.resolve(), store.root) == (study, tmp_path / "a" / "store")
+    with pytest.raises(ConfigError, match=f"study runs/s lies in the runs directory {study.parent}, but runs was given; leave out --runs"):
+        find_study("s", "runs")
+    assert find_study(str(mine), "../a")[1].root == Path("../a/store")
+    shutil.rmtree("runs/store")
+    assert find_study("mine", "../c")[1].root == Path("../c/store")  # no store has its stages
+
+
+def test_a_printed_command_finds_the_same_study_and_store(tmp_path, monkeypatch):
+    placed(tmp_path / "runs" / "s", tmp_path / "runs"), placed(tmp_path / "far" / "t", tmp_path / "far")
+    for folder in ("mine", "t", "s"):
+        placed(tmp_path / folder)
+    placed(tmp_path / "far" / "mine")
+    monkeypatch.chdir(tmp_path)
+    Path("runs/t").symlink_to(tmp_path / "far" / "t")
+    for study, runs in (
+        ("runs/s", None),
+        ("s", None),
+        ("s", "runs"),
+        ("mine", None),
+        ("./mine", "far"),
+        ("runs/t", None),
+        ("t", "far"),
+        ("t", None),
+    ):
+        folder, store = find_study(study, runs)
+        words = command_for("watch", folder, store=store).split()
+        again, other = find_study(words[2], words[4] if len(words) > 3 else None)
+        assert (again.resolve(), other.root.resolve()) == (folder.resolve(), store.root.resolve()), (study, runs, words)
+    assert command_for("watch", Path("mine"), store=store_of(Path("runs"))) == "tadistill watch mine"
+
+
+def test_the_variable_comes_before_a_folder_of_the_same_name_as_the_option_does(tmp_path, monkeypatch):
+    study = placed(tmp_path / "far" / "s", tmp_path / "far")
+    placed(tmp_path / "s")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TADISTILL_RUNS", "far")
+    assert [path.resolve() for path in find_study("s", None)[:1]] == [study]
+    assert find_study("./s", None)[0] == find_study("s", "far")[0]
+
+
+def test_a_search_given_as_a_dot_is_named(tmp_path, monkeypatch):
+    (tmp_path / "looked").mkdir()
+    (tmp_path / "looked" / "search.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "looked")
+    with pytest.raises(ConfigError, match=f"^looked is a search, .*`tadistill status {tmp_path}/looked --runs .`"):
+        find_study(".", ".")
 
 
 @pytest.mark.parametrize("seeds", ["²", "1,²", "one", ""])
