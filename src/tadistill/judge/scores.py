@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-_REFUSALS = 3  # after refusals for so many prompts and no answer, the run assumes that the endpoint refuses everything
+# After refusals for so many prompts in a row, the run assumes that the endpoint refuses everything:
+_REFUSALS = 3  # if it has never answered
+_MORE_REFUSALS = 20  # if it has answered before, in this run or an earlier one
+_SHARE_REFUSED = 0.25  # and at least this share of the prompts that it has answered: filtered prompts of a finished run are asked again
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
 Scores = tuple[float, float]
@@ -122,7 +125,7 @@ def ask_all(
     for future in futures:
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error
-    if run.verdicts.refused and not run.answers:
+    if run.verdicts.refused and not run.answered:
         run.refuses_all(next(iter(run.verdicts.refused.values())))
     if run.failure:
         done = sum(_settled(text, settings, cache) for text in texts)
@@ -147,8 +150,10 @@ class _Run:
         """`prompts` maps the text of each question to its prompt: the set and the index."""
         self.settings, self.cache, self.ask, self.tick, self.prompts = settings, cache, ask, tick, prompts
         self.stop, self.lock, self.verdicts, self.failure = threading.Event(), threading.Lock(), Verdicts(), ""
-        self.answers = any(cache.get(question_key(settings, text)) for text in prompts)
-        """True if the endpoint has answered at least one of the questions, in this run or an earlier one."""
+        self.answered = {prompt for text, prompt in prompts.items() if cache.get(question_key(settings, text))}
+        """The prompts about which the endpoint has answered a question, in this run or an earlier one."""
+        self.refused = set[tuple[str, int]]()
+        """The prompts about which it has refused a question since its last answer in this run."""
 
     def settle(self, text: str) -> None:
         found = None
@@ -162,7 +167,9 @@ class _Run:
                 if reply is None:
                     return
                 self.cache.put(key, reply)
-                self.answers = True
+                with self.lock:
+                    self.answered.add(self.prompts[text])
+                    self.refused.clear()
             found = parse_scores(reply.text)
             if found is not None:
                 break
@@ -180,8 +187,9 @@ class _Run:
             with self.lock:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
-                # one prompt that is filtered or too long has a question for each arm and order
-                if self.answers or len({self.prompts[refused] for refused in self.verdicts.refused}) < _REFUSALS:
+                self.refused.add(self.prompts[text])  # a prompt that is filtered or too long has a question for each arm and order
+                most = max(_MORE_REFUSALS, _SHARE_REFUSED * len(self.answered)) if self.answered else _REFUSALS
+                if len(self.refused) < most:
                     return None
             self.refuses_all(str(error))
             raise Unavailable(str(error)) from error
@@ -190,7 +198,8 @@ class _Run:
             raise
 
     def refuses_all(self, why: str) -> None:
-        self._fail(f"it has refused all questions so far, because {why}")
+        what = f"questions about {counted(len(self.refused), 'prompt')} in a row" if self.answered else "all questions so far"
+        self._fail(f"it has refused {what}, because {why}")
 
     def _fail(self, reason: str) -> None:
         with self.lock:

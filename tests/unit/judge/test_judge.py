@@ -15,7 +15,9 @@ from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands
-from tadistill.models.chat_api import connect
+from tadistill.judge.questions import Question
+from tadistill.judge.scores import ask_all, question_key
+from tadistill.models.chat_api import Refused, Reply, connect
 from tadistill.results.sample_answers import judgements
 
 from .fake import as_json, completion, error, serve, slow
@@ -244,6 +246,44 @@ def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged)
         assert len(fake.asked) == 20 + 9  # the first question of the third prompt is the last one
         with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 4 questions are answered"):
             judged(fake.url, sets=["dolly"], limit=1)  # fewer prompts than the limit: nothing is rated
+
+
+class Memory(dict):
+    """Replies that are kept in memory."""
+
+    put = dict.__setitem__
+
+
+@pytest.mark.parametrize(
+    ("prompts", "saved", "refused", "requests"),
+    [
+        (300, 1, range(1, 300), 1 + 2 * 19 + 1),  # the second question of the first prompt, and the first one of the 20th that is refused
+        (300, 0, range(10, 300), 2 * 10 + 2 * 19 + 1),
+        (300, 0, range(300), 2 * 2 + 1),
+        (300, 200, range(100, 300), 100 + 50),
+        (60, 1, range(0, 60, 2), 0),
+        (120, 98, range(98, 120), 0),
+        (40, 0, range(2), 0),
+    ],
+)
+def test_an_endpoint_that_begins_to_refuse_everything_ends_the_run(prompts, saved, refused, requests):
+    """Filtered prompts do not, also if a finished run is repeated. `requests` is 0 if the run does not end early."""
+    settings, sent = Judge(model="j", base_url="http://j", jobs=1), []
+    cache = Memory({question_key(settings, f"{i} 0"): Reply("8 5", 1, 1) for i in range(saved)})
+
+    def answer(text: str) -> Reply:
+        sent.append(text)
+        if int(text.split()[0]) in refused:
+            raise Refused("it answers 400 (no)")
+        return Reply("8 5", 1, 1)
+
+    questions = [Question("dolly", i, 0, "a", "b", f"{i} {order}") for i in range(prompts) for order in (0, 1)]
+    if not requests:
+        assert len(ask_all(questions, settings, cache, answer).refused) == len(set(refused)) * 2 - sum(i < saved for i in refused)
+        return
+    with pytest.raises(JudgeFailed, match="it has refused "):
+        ask_all(questions, settings, cache, answer)
+    assert len(sent) == requests
 
 
 def test_newer_name_of_the_token_limit(judged):
