@@ -258,8 +258,8 @@ class Aligned:
     """One bool per span. True if the span before it is in the same row, and no token of student or teacher lies between the two spans."""
     found: Mapping[str, int]
     """Counts for the log. `spans` counts all spans, `single` the spans of one shared token, `unspelled` the spans with a token that is
-    `CHANGED` or `UNKNOWN`. `tokens` counts the student's tokens that count in the loss, and `left_out` those of them that are in no span.
-    `lone`, `changed` and `dropped` count bytes, as in `SecondReading`."""
+    `CHANGED` or `UNKNOWN`. `tokens` counts the student's tokens that count in the loss, and `left_out` those of them that are in no span or
+    in one with an `UNKNOWN` token. `lone`, `changed` and `dropped` count bytes, as in `SecondReading`."""
 
     @property
     def count(self) -> int:
@@ -331,12 +331,15 @@ def _of_row(s: "Sequence") -> Aligned:
         follows[1:] &= places[first[1:]] == places[after[:-1] - 1] + 1
     follows[:1] = False
     parts = (np.array(s.response, np.int64), mine, second.student_marks), (second.ids.astype(np.int64), theirs, second.teacher_marks)
-    unspelled = [spans[places][marks[places] >= CHANGED] for (_, spans, marks), places in zip(parts, kept, strict=True)]
+    unspelled, unknown = (
+        np.unique(np.concatenate([spans[places][marks[places] >= mark] for (_, spans, marks), places in zip(parts, kept, strict=True)]))
+        for mark in (CHANGED, UNKNOWN)
+    )
     found = {"spans": len(follows), "single": int((second.matched & (mine >= 0)).sum())}
     found |= {
-        "unspelled": len(np.unique(np.concatenate(unspelled))),
+        "unspelled": len(unspelled),
         "tokens": int(counts.sum()),
-        "left_out": int((mine[counts] < 0).sum()),
+        "left_out": int(np.isin(mine[counts], [NO_SPAN, *unknown]).sum()),
     }
     found |= {"lone": second.lone, "changed": second.changed, "dropped": second.dropped}
     own, other = (SpannedTokens(*(part[places] for part in of_one)) for of_one, places in zip(parts, kept, strict=True))

@@ -199,7 +199,7 @@ def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str,
     Over all sequences:
     length              tokens per response
     repetition          share of 4-grams that occurred earlier in the same response
-    left_out            share of tokens in no span (text between token boundaries that both models have), if the tokenizers differ
+    left_out            share of tokens whose text a teacher with another tokenizer cannot read (see `spans.metrics`)
 
     Over the first 8 sequences of the first micro-batch:
     reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
@@ -322,9 +322,9 @@ class Alarms:
             found["length drift"] = f"responses have {now['length']:.0f} tokens (at first {then['length']:.0f})"
         if now["entropy"] < 0.3 * then["entropy"] and (beside := _below_the_teacher(now, then)):
             found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f}{beside})"
-        if now.get("left_out", 0) > max(0.1, 2 * then.get("left_out", 0)):
-            share = f"{now['left_out']:.0%} of the sampled tokens have no loss (at first {then.get('left_out', 0):.0%})"
-            found["text that the teacher cannot read"] = f"{share}, because the teacher's tokenizer cannot write their text"
+        if (share := now.get("left_out", 0)) > max(0.1, 2 * (before := then.get("left_out", 0))):
+            text = f"the teacher's tokenizer cannot write {share:.0%} of the sampled tokens (at first {before:.0%})"
+            found["text that the teacher cannot read"] = f"{text}, so no loss compares them with the teacher"
         found = {name: f"{text}; {self.advice}" for name, text in found.items()}
         if (apart or 0) > self.most_apart:
             found["sampling and training disagree"] = (

@@ -7,7 +7,7 @@ without a teacher, such as cross-entropy, are summed over the student's tokens, 
 Axes: B sequences, T positions, N tokens of the loss, S spans.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,23 +83,43 @@ def rewards(batch: Batch) -> Tensor:
     """Return MiniLLM's rewards log p - log q of spans (texts between common token boundaries) at the student's positions (B, T), unscaled.
 
     `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is placed at the
-    first token after the span, because this token of the student can still change where the span ends.
-
-    A span with the teacher's unknown token has the mean reward per token of the other spans of its row, times its number of tokens. So a
-    word that the teacher cannot read changes no mean: it neither pays nor costs.
+    first token after the span, because this token of the student can still change where the span ends. A span with an unknown token has 0
+    here; `with_mean_for_unknown` gives it a reward.
     """
+    of_row, unknown_BT = _of_rows(batch)
+    log_q, log_p = (batch.values[name].masked_fill(unknown_BT, 0) for name in ("student", "teacher"))
+    return span_rewards(log_q, of_row, log_p, of_row, delay=_DELAY)
+
+
+def with_mean_for_unknown(rewards: Sequence[Tensor], batches: Sequence[Batch], total: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Add the rewards of spans with an unknown token, which the teacher cannot judge, to the rewards of an update's batches.
+
+    Such a span has the mean reward per token of the update's other spans, times its number of tokens. So it leaves this mean as it is, and
+    counts like any other span of its length with an average reward. If an update has no other span, all rewards are 0.
+
+    Args:
+        rewards: (B, T) for each batch, from `rewards`.
+        total: a function that sums a tensor over all processes. Every process calls it, also one without such a span.
+    """
+    places = [_of_rows(batch) for batch in batches]
+    known = [((of_row >= 0) & ~unknown_BT).sum() for of_row, unknown_BT in places]
+    here = [torch.stack([own.double().sum(), tokens.double()]) for own, tokens in zip(rewards, known, strict=True)]
+    reward, tokens = total(torch.stack(here).sum(0)).unbind()
+    mean, found = (reward / tokens.clamp(min=1)).float(), list[Tensor]()
+    for own, (of_row, unknown_BT) in zip(rewards, places, strict=True):
+        each_BT = torch.where(unknown_BT, mean, 0.0)
+        found.append(own + span_rewards(torch.zeros_like(own), of_row, each_BT, of_row, delay=_DELAY))
+    return found
+
+
+def _of_rows(batch: Batch) -> tuple[Tensor, Tensor]:
+    # (B, T) the number of each token's span in its row, -1 without a span; and whether this span has an unknown token
     assert batch.aligned is not None
-    log_q, log_p = batch.values["student"], batch.values["teacher"]
     spans_BT = torch.full_like(batch.ids_BT, -1).flatten().index_copy(0, batch.places.loss, batch.aligned.student).view_as(batch.ids_BT)
     first_B1 = torch.where(spans_BT < 0, batch.aligned.count, spans_BT).amin(1, keepdim=True)
     of_row = torch.where(spans_BT < 0, spans_BT, spans_BT - first_B1)
-    unknown = np.append(batch.aligned.unknown, False)  # the last element (index -1) is for tokens without a span
-    if unknown.any():
-        unknown_BT = torch.from_numpy(unknown).to(spans_BT.device)[spans_BT]
-        known_BT = (spans_BT >= 0) & ~unknown_BT
-        mean_B1 = torch.where(known_BT, log_p - log_q, 0.0).sum(1, keepdim=True) / known_BT.sum(1, keepdim=True).clamp(min=1)
-        log_p = torch.where(unknown_BT, log_q + mean_B1, log_p)
-    return span_rewards(log_q, of_row, log_p, of_row, delay=_DELAY)
+    unknown = torch.from_numpy(np.append(batch.aligned.unknown, False))  # the last element (index -1) is for tokens without a span
+    return of_row, unknown.to(spans_BT.device)[spans_BT]
 
 
 def summed(aligned: Aligned, values: Tensor) -> Tensor:
@@ -132,7 +152,7 @@ def metrics(count: Mapping[str, float]) -> dict[str, float]:
     single          share of the spans that consist of one token, which is in both vocabularies
     unspelled       share of the spans with a token that does not spell its text. Divergences leave these spans out, and `uld` and `gold`
                     those with an unknown token
-    left_out        share of the student's tokens that are in no span
+    left_out        share of the student's tokens that are in no span or in one with an unknown token
     lone            number of bytes that are not valid UTF-8
     changed         number of bytes that their tokens do not spell
     dropped         number of bytes that are in no token

@@ -295,7 +295,11 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
     # the advantage of a token is the return of the scaled rewards; `whitening` normalises it over the whole update
-    found = [_returns(objective, batch) for batch in batches]
+    rewards = [_rewards(objective, batch) for batch in batches]
+    if batches[0].aligned is not None:
+        rewards = spans.with_mean_for_unknown(rewards, batches, total)
+    settings = objective.model_dump(include={"discount", "include_current", "length_normalisation"})
+    found = [objectives.returns(r, b.mask_BT, **settings) for r, b in zip(rewards, batches, strict=True)]
     if objective.whitening != "none":
         rows, tokens = sum(len(b.ids_BT) for b in batches), sum(int(b.mask_BT.sum()) for b in batches)
         here = sum(objectives.moments(a, b.mask_BT) for a, b in zip(found, batches, strict=True))
@@ -305,18 +309,10 @@ def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Ba
     return [replace(b, values=b.values | {"advantage": a}) for a, b in zip(found, batches, strict=True)]
 
 
-def _returns(objective: config.MiniLLM, batch: Batch) -> Tensor:
+def _rewards(objective: config.MiniLLM, batch: Batch) -> Tensor:
     found = batch.values["teacher"] - batch.values["student"] if batch.aligned is None else spans.rewards(batch)
     rewards = found / objective.reward_scale
-    if objective.reward_clip is not None:
-        rewards = rewards.clamp(-objective.reward_clip, objective.reward_clip)
-    return objectives.returns(
-        rewards,
-        batch.mask_BT,
-        discount=objective.discount,
-        include_current=objective.include_current,
-        length_normalisation=objective.length_normalisation,
-    )
+    return rewards if objective.reward_clip is None else rewards.clamp(-objective.reward_clip, objective.reward_clip)
 
 
 def _minillm(objective: config.MiniLLM, batch: Batch) -> list[Term]:

@@ -480,11 +480,12 @@ def test_rows_without_a_span_have_no_reward_and_no_nan():
     assert not {"rollout/reward", "rollout/reverse_kl"} & found.keys()
 
 
-def read_by_words(text: str) -> tuple[Rereader, Sequence]:
+def read_by_words(text: str, *, end: bool = True) -> tuple[Rereader, Sequence]:
     """A teacher of words, which reads other words as its unknown token, and a text in the tokens of a student of parts of words."""
     own, other = (token_bytes(tinyworld.tokenizer(name, people=12)) for name in ("tinyworld-bpe", "tinyworld"))
     again = Rereader(own, other, (len(own.tokens), len(other.tokens)))
-    return again, again(Sequence(ids(own, "the home is "), (*ids(own, text), *own.ends), teacher_prompt=ids(other, "the home is ")))
+    response = (*ids(own, text), *(own.ends if end else ()))
+    return again, again(Sequence(ids(own, "the home is "), response, teacher_prompt=ids(other, "the home is ")))
 
 
 @pytest.mark.parametrize("name", ["uld", "gold"])
@@ -503,19 +504,93 @@ def test_a_word_that_the_teacher_cannot_read_has_no_distance(name):
     assert has_loss.tolist() == (batch.aligned.student != span).tolist()
 
 
-@pytest.mark.parametrize("text", [" the xqzv .", " xqzv"])
-@pytest.mark.parametrize("gap", [-3.0, 0.5])
-def test_a_word_that_the_teacher_cannot_read_neither_pays_nor_costs(text, gap):
-    """The mean reward per token is that of the other tokens, whatever probability the teacher gives to its unknown token."""
-    again, sequence = read_by_words(text)
+GAP = {"known": -2.5, "unknown": -9.0}
+
+
+def scored(text: str, *, end: bool = True) -> Sequence:
+    """A text of `read_by_words` with log q = -1 for each token, and log p = -2.5 for each span, or -9 if the teacher cannot read it."""
+    _, sequence = read_by_words(text, end=end)
     aligned = collate([sequence], pad=0).aligned
-    unknown, last = aligned.unknown[aligned.student], np.flatnonzero(np.diff(aligned.student, append=-1))
-    scores = np.zeros(len(unknown), np.float32)
-    scores[last] = np.where(unknown[last], gap, -2.5)
-    values = {"student": np.full(len(scores), -1.0, np.float32), "teacher": scores}
-    rewards = spans.rewards(collate([replace(sequence, values=values)], pad=0))
-    assert unknown.any()
-    assert float(rewards.sum()) / len(scores) == pytest.approx(float((scores + 1)[~unknown].mean()), rel=1e-5)
+    last = np.flatnonzero(np.diff(aligned.student, append=-1))
+    scores = np.zeros(len(aligned.student), np.float32)
+    scores[last] = np.where(aligned.unknown[aligned.student[last]], GAP["unknown"], GAP["known"])
+    return replace(sequence, values={"student": np.full(len(scores), -1.0, np.float32), "teacher": scores})
+
+
+def rewards_of(batches: list, total=lambda values: values) -> list[torch.Tensor]:
+    return spans.with_mean_for_unknown([spans.rewards(batch) for batch in batches], batches, total)
+
+
+def advantages(batches: list, total=lambda values: values, **settings) -> list[torch.Tensor]:
+    """The advantages of the tokens of each batch, if the batches are one update."""
+    objective = MINILLM["objective"] | settings
+    method = Method.model_validate({"objective": objective, "sampler": MINILLM["sampler"]})
+    made = make_step(method, tiny_model("llama"), (), 31)
+    return [batch.counted(batch.values["advantage"]) for batch in made.prepare(batches, 0, total)]
+
+
+READABLE, UNKNOWN_ONLY, MIXED, UNKNOWN_THEN_END = " the home .", " xqzv wqx zzz", " the xqzv .", " xqzv"
+
+
+def test_a_word_that_the_teacher_cannot_read_neither_pays_nor_costs():
+    """Its reward is the mean per token of the update's other spans, in every row, and is paid where a span's reward is paid."""
+    rows = [scored(READABLE), scored(UNKNOWN_ONLY, end=False), scored(MIXED), scored(UNKNOWN_THEN_END)]
+    batches = [collate([row], pad=0) for row in rows]
+    assert [batch.aligned.unknown.tolist() for batch in batches] == [[0, 0, 0, 0], [1, 1, 1], [0, 1, 0, 0], [1, 0]]
+    known = [~b.aligned.unknown[b.aligned.student] for b in batches]
+    mean = sum(float(r["teacher"][k].sum() - r["student"][k].sum()) for r, k in zip([r.values for r in rows], known, strict=True))
+    mean /= sum(map(np.sum, known))
+    for batch, row, found in zip(batches, rows, rewards_of(batches), strict=True):
+        expected, mine = np.zeros(len(row.response)), batch.aligned.student.numpy()
+        for k, unknown in enumerate(batch.aligned.unknown):
+            own = np.flatnonzero(mine == k)
+            reward = mean * len(own) if unknown else GAP["known"] + len(own)
+            expected[min(own[-1] + 1, len(mine) - 1)] += reward
+        assert batch.counted(found).tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    everywhere = sum(float(found.sum()) for found in rewards_of(batches)) / sum(len(row.response) for row in rows)
+    assert everywhere == pytest.approx(mean, rel=1e-5)
+    together = rewards_of([collate(rows, pad=0)])[0]
+    assert together.sum(1).tolist() == pytest.approx([float(found.sum()) for found in rewards_of(batches)], rel=1e-5)
+
+
+@pytest.mark.parametrize("normalised", ["remaining", "discounts", "none"])
+def test_words_that_the_teacher_cannot_read_change_no_advantage_of_other_rows(normalised):
+    readable, other = (collate([scored(text)], pad=0) for text in (READABLE, UNKNOWN_ONLY))
+    alone = advantages([readable], length_normalisation=normalised)[0]
+    assert torch.equal(advantages([readable, other], length_normalisation=normalised)[0], alone)
+
+
+def test_an_update_that_the_teacher_cannot_read_has_no_reward():
+    batch = collate([scored(UNKNOWN_ONLY, end=False)], pad=0)
+    assert not rewards_of([batch])[0].any()
+    for whitening in ("none", "tokens"):
+        assert not advantages([batch], whitening=whitening)[0].any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"reward_scale": 0.5, "reward_clip": 1.0}])
+def test_the_mean_reward_is_that_of_all_processes(settings):
+    """Also of a process whose rows the teacher can read, and of one whose rows it cannot read at all."""
+    batches = [collate([row], pad=0) for row in (scored(READABLE), scored(UNKNOWN_ONLY, end=False))]
+    sums: list[torch.Tensor] = []
+    for batch in batches:
+        advantages([batch], lambda values: sums.append(values) or values, **settings)
+    assert len(sums) == 2
+    each = [advantages([batch], lambda _: sums[0] + sums[1], **settings)[0] for batch in batches]
+    for one, of_both in zip(each, advantages(batches, **settings), strict=True):
+        torch.testing.assert_close(one, of_both, rtol=1e-6, atol=0)
+    first = [float(of_row[0]) * len(of_row) for of_row in each]  # the sum of the row's rewards
+    if settings:  # the mean is that of the scaled and clipped rewards
+        assert first == pytest.approx([-1 + 1 - 1, -1 / 6 * len(each[1])])
+
+
+def test_watching_counts_words_that_the_teacher_cannot_read():
+    again, _ = read_by_words(MIXED)
     made = make_step(Method.model_validate({"objective": {"type": "sampled_kl"}}), tiny_model("llama", vocab=again.sizes[0]), (), again)
-    found = watch(made, [collate([replace(sequence, values=values | {"behaviour": values["student"]})], pad=0)])
-    assert found["rollout/reward"] == pytest.approx(float((scores + 1)[~unknown].sum()) / (~aligned.unknown).sum(), rel=1e-5)
+    row = scored(MIXED)
+    row = replace(row, values=row.values | {"behaviour": row.values["student"]})
+    batch = collate([row], pad=0)
+    found, unknown = watch(made, [batch]), batch.aligned.unknown[batch.aligned.student]
+    known = row.values["teacher"][~unknown] + 1
+    assert found["rollout/reward"] == pytest.approx(float(known.sum()) / (~batch.aligned.unknown).sum(), rel=1e-5)
+    assert found["rollout/left_out"] == pytest.approx(unknown.mean())
+    assert spans.metrics(batch.aligned.found)["spans/left_out"] == pytest.approx(unknown.mean())
