@@ -297,7 +297,7 @@ def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Ba
     # the advantage of a token is the return of the scaled rewards; `whitening` normalises it over the whole update
     rewards = [_rewards(objective, batch) for batch in batches]
     if batches[0].aligned is not None:
-        rewards = spans.with_mean_for_unknown(rewards, batches, total)
+        rewards = spans.with_mean_for_unread(rewards, batches, total)
     settings = objective.model_dump(include={"discount", "include_current", "length_normalisation"})
     found = [objectives.returns(r, b.mask_BT, **settings) for r, b in zip(rewards, batches, strict=True)]
     if objective.whitening != "none":

@@ -518,7 +518,7 @@ def scored(text: str, *, end: bool = True) -> Sequence:
 
 
 def rewards_of(batches: list, total=lambda values: values) -> list[torch.Tensor]:
-    return spans.with_mean_for_unknown([spans.rewards(batch) for batch in batches], batches, total)
+    return spans.with_mean_for_unread([spans.rewards(batch) for batch in batches], batches, total)
 
 
 def advantages(batches: list, total=lambda values: values, **settings) -> list[torch.Tensor]:
@@ -551,6 +551,18 @@ def test_a_word_that_the_teacher_cannot_read_neither_pays_nor_costs():
     assert everywhere == pytest.approx(mean, rel=1e-5)
     together = rewards_of([collate(rows, pad=0)])[0]
     assert together.sum(1).tolist() == pytest.approx([float(found.sum()) for found in rewards_of(batches)], rel=1e-5)
+
+
+def test_text_in_no_span_neither_pays_nor_costs():
+    """The reward of each of its tokens is the mean per token of the update's other text."""
+    readable = scored(READABLE)
+    again, _ = read_by_words(READABLE)
+    values = {"student": np.full(5, -1.0, np.float32), "teacher": np.zeros(5, np.float32)}
+    lone = again(replace(readable, response=(200,) * 5, values=values))  # five bytes, each of which is no text
+    batches = [collate([row], pad=0) for row in (readable, lone)]
+    assert batches[1].aligned.student.tolist() == [-1] * 5
+    read, unread = (batch.counted(found) for batch, found in zip(batches, rewards_of(batches), strict=True))
+    assert unread.tolist() == pytest.approx([float(read.mean())] * 5)
 
 
 @pytest.mark.parametrize("normalised", ["remaining", "discounts", "none"])
