@@ -6,7 +6,9 @@ teacher behind an API, with or without a `context`.
 
 import json
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config.method_parts import TeacherContext
@@ -22,6 +24,7 @@ _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+_FEWEST_LETTERS = 10  # of the template's letters in a prompt: a tokenizer of words may give back only "is that a a that the"
 _WORDS = r"\s+".join
 OPEN, CLOSE = "<think>", "</think>"
 """The marks at the beginning and the end of an assistant's thinking in a text."""
@@ -117,6 +120,19 @@ def split_prompt(text: str) -> tuple[str, str]:
     if match is None:
         return text.strip(), ""
     return match["instruction"].strip(), (match["input"] or "").strip()
+
+
+def in_alpaca(prompt: str, row: str) -> bool:
+    """Return True if a prompt is the text of a row in the Alpaca template.
+
+    The tokenizer may have changed the prompt's letters, and may have lost words and spaces of the template, but not all of its words.
+    """
+    added = Counter(_letters(prompt)) - Counter(_letters(row))
+    return added.total() >= _FEWEST_LETTERS or split_prompt(prompt) != (prompt.strip(), "")
+
+
+def _letters(text: str) -> Iterator[str]:
+    return (c for c in unicodedata.normalize("NFKD", text).casefold() if not c.isspace() and not unicodedata.combining(c))
 
 
 # --- the teacher's own prompts ---------------------------------------------------------------------------------------------

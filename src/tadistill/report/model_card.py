@@ -5,7 +5,6 @@ The card describes the study. It also shows how to use the model: its prompt for
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ import yaml
 from tadistill.config.data import Data, training_refs
 from tadistill.config.evaluate import Evaluate
 from tadistill.data.hub import NAMED
-from tadistill.data.prompts import render, split_prompt
+from tadistill.data.prompts import in_alpaca, render
 from tadistill.data.rows import Example
 from tadistill.data.tinyworld import world_rows
 from tadistill.disk import filling, ordinary_permissions, read_json, write_text
@@ -297,9 +296,7 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
         return "chat"
     prompt = row["prompt"]
     asked = row.get("instruction", prompt) + row.get("input", "")
-    # the tokenizer may not give back words and spaces of the template, but what it gives back is more than the row
-    added = Counter("".join(prompt.lower().split())) - Counter(asked.lower())
-    written = added or split_prompt(prompt) != (prompt.strip(), "") if template == "alpaca" else prompt.endswith("\n")
+    written = in_alpaca(prompt, asked) if template == "alpaca" else prompt.endswith("\n")
     if written or not prompt:
         return template
     return "chat" if "instruction" not in row and tokens.read(folder, folder).template else "verbatim"

@@ -78,6 +78,8 @@ def test_the_program_of_a_card_runs_on_the_prompts_of_the_training(tmp_path, cap
     [
         ("is that a a the\n\nsay it\n\n", {"instruction": "say it", "input": ""}, "alpaca", False, "alpaca"),
         ("below is an instruction\nsay it\nnow\nresponse :", {"instruction": "Say it", "input": "now"}, "alpaca", True, "alpaca"),
+        ("say it... now", {"instruction": "say it… now", "input": ""}, "alpaca", False, "verbatim"),
+        ("an 'elan' of fi 12, vouched", {"instruction": "an ‘élan’ of ﬁ ①②, vouched", "input": ""}, "alpaca", False, "verbatim"),
         ("say it - >", {"instruction": "Say  it ->", "input": ""}, "alpaca", True, "verbatim"),
         ("say it ->", {"instruction": "say it ->", "input": ""}, "plain", True, "verbatim"),
         ("user\nsay it\nassistant\n", {"instruction": "user: say it", "input": "", "turns": [{}]}, "plain", True, "chat"),
