@@ -28,6 +28,8 @@ from tadistill.text import counted
 
 _KEY = re.compile(rb"\b[0-9a-f]{16}\b")
 _STORE = "store"
+_STUDY = ("plan.json", SEARCH, "local")  # one of them is in the folder of a study or a search
+_FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
 _SHOWN = 20  # rows of the table before the question
 _WIDEST = 1000  # characters in a line of the table of studies
 
@@ -176,26 +178,44 @@ def _folders(runs: Path) -> list[Path]:
 
 
 def _named_keys(study: Path) -> Iterator[str]:
-    def unknown(error: OSError) -> None:
-        path = Path(error.filename)
-        fix = f"mount the disk of {path.readlink()}, or correct or delete the link" if path.is_symlink() else "check its permissions"
-        raise StoreError(f"cannot read {path} ({_reason(error)}), so the stages that {study.name} needs are not known; {fix}") from error
+    """Return the keys in the JSON files of a study's folder and the folders below it. The folder may also hold studies, such as old ones.
 
-    seen = {os.path.realpath(study)}  # links may lead in a circle
-    for folder, folders, files in os.walk(study, onerror=unknown, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        folders[:] = [name for name in folders if real[name] not in seen]
-        seen |= {*real.values()}
-        for name in files:
-            path = Path(folder, name)
+    A link to a folder is followed only if it has a name that tadistill gives, or leads to a study. What other programs write into a study,
+    such as W&B, may be unreadable.
+    """
+    todo, seen = [(study, True)], set[str]()  # links may lead in a circle
+    while todo:
+        folder, needed = todo.pop()
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(folder) as found:
+                paths = sorted(folder / entry.name for entry in found)
+        except OSError as error:
+            if needed:
+                raise _unknown(study, folder, error) from error
+            continue
+        is_study = any(path.name in _STUDY for path in paths)
+        needed |= is_study
+        for path in paths:
+            ours = path.name in _FOLDERS or folder.name == "earlier"
             try:
-                if path.is_symlink():
-                    path.stat()  # it may lead to a folder that is not there
-                if path.suffix == ".json":
+                if path.is_dir():
+                    linked = path.is_symlink() and not (ours or any((path / name).exists() for name in _STUDY))
+                    todo += [] if linked else [(path, needed and (ours or not is_study))]
+                elif path.suffix == ".json":
                     yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
+                elif ours or not (is_study or path.suffix):
+                    path.stat()  # a link to a folder of tadistill, or to a study, that is not there
             except OSError as error:
-                error.filename = path
-                unknown(error)
+                if needed:
+                    raise _unknown(study, path, error) from error
+
+
+def _unknown(study: Path, path: Path, error: OSError) -> StoreError:
+    fix = f"mount the disk of {path.readlink()}, or correct or delete the link" if path.is_symlink() else "check its permissions"
+    return StoreError(f"cannot read {path} ({_reason(error)}), so the stages that {study.name} needs are not known; {fix}")
 
 
 def _reason(error: OSError) -> str:

@@ -155,6 +155,37 @@ def test_linked_folders_are_read(store, tmp_path, tmp_path_factory):
     assert [row.key for row in unneeded(tmp_path, store)] == ["d" * 16]
 
 
+def test_links_and_files_of_other_programs_keep_no_stages_from_being_deleted(store, tmp_path, tmp_path_factory, monkeypatch):
+    """W&B leaves links to logs that it has deleted."""
+    data, logs = tmp_path_factory.mktemp("datasets"), tmp_path / "mine" / "wandb" / "run-1" / "logs"
+    (data / "rows.json").write_text("c" * 16)
+    logs.mkdir(parents=True)
+    for link, target in (("debug-core.log", "/gone/core.log"), ("media.json", "/gone/media.json"), ("latest", "/gone/run")):
+        (logs / link).symlink_to(target)
+    (tmp_path / "mine" / "wandb" / "latest-run").symlink_to("run-0")
+    (tmp_path / "mine" / "notes.txt").symlink_to("/gone/notes.txt")
+    (tmp_path / "mine" / "data").symlink_to(data)
+    (tmp_path / "mine" / "closed").mkdir()
+    monkeypatch.setattr("os.scandir", refused(only="closed"))
+    assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
+
+
+def test_studies_that_were_moved_into_a_folder_keep_their_stages(store, tmp_path, tmp_path_factory, monkeypatch):
+    elsewhere, old = tmp_path_factory.mktemp("elsewhere"), tmp_path / "old"
+    for folder, key in ((elsewhere, "c"), (old / "first", "d")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps({"stages": [{"key": key * 16}]}))
+    (old / "second").symlink_to(elsewhere)
+    assert unneeded(tmp_path, store) == []
+    (old / "third").symlink_to("/not/mounted")
+    with pytest.raises(StoreError, match=r"third \(No such file.*, so the stages that old needs are not known"):
+        unneeded(tmp_path, store)
+    (old / "third").unlink()
+    monkeypatch.setattr("os.scandir", refused(only="first"))
+    with pytest.raises(StoreError, match=r"first \(Permission denied\), so the stages that old needs are not known"):
+        unneeded(tmp_path, store)
+
+
 def test_a_runs_directory_that_cannot_be_read_is_no_empty_one(store, tmp_path, monkeypatch):
     monkeypatch.setattr("os.listdir", lambda _: (_ for _ in ()).throw(OSError(13, "Permission denied")))
     with pytest.raises(StoreError, match=f"cannot read the runs directory {tmp_path}: Permission denied; check its permissions"):
