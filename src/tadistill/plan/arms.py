@@ -150,7 +150,8 @@ class _Planner:
                 raise ConfigError(f"arms need each other's budgets (`compute`, `teacher_budget`): {names}; remove one of these keys")
         stages = {key: s for key, s in self.graph.stages.items() if s.arms} if absent else self.graph.stages
         arms = [done[name] for name in self.recipe.arms if name in done]
-        return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, self.ledger.unknown() if self.ledger.partial else [])
+        unknown = [*self.ledger.unknown().values()] if self.ledger.partial else []
+        return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, unknown)
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
         budgets = Budgets(self.recipe, self.stages, self.graph, self._trial)

@@ -185,9 +185,8 @@ class Budgets:
 
     def _unknown_cost(self, name: str, key: str) -> ConfigError | NotHere:
         if unknown := self.ledger.unknown():
-            names = ", ".join(each.split(" ")[0] for each in unknown)
             return NotHere(
-                f"arms.{name} has `{key}`, which needs the sizes of models that are not on this disk ({names}); run "
+                f"arms.{name} has `{key}`, which needs the sizes of models that are not on this disk ({', '.join(unknown)}); run "
                 "`tadistill fetch RECIPE`"
             )
         self.ledger.rows  # noqa: B018  raises NotHere if the texts are not here

@@ -12,7 +12,7 @@ from typing import Literal
 from tadistill.config.arm import marked, path_text
 from tadistill.metrics import METRICS, improves, metric_title, sorted_names
 from tadistill.report.explain import few_text, gap_words
-from tadistill.report.path_words import some
+from tadistill.report.path_words import hop_text, some
 from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import (
     added_by_steps,
@@ -200,11 +200,6 @@ def _steps(results: Results, c: Comparison) -> list[str]:
     ]
 
 
-def hop_text(models: tuple[str, ...], j: int) -> str:
-    """Return step `j` of a path as text, such as ``xl > l``. `j` counts from the end of the path: step 0 trains the student."""
-    return path_text((models[-2 - j], models[-1 - j]))
-
-
 def _compute(results: Results, c: Comparison) -> str:
     direct = direct_of(results, results.arm(c.arm))
     if direct is None:
@@ -238,7 +233,7 @@ def _compute(results: Results, c: Comparison) -> str:
 
 
 @dataclass(frozen=True)
-class _Gap:
+class Gap:
     """The difference of a distilled arm from the fine-tuned one, with one kind of answers (`way`): sampled or greedy."""
 
     way: str
@@ -279,13 +274,13 @@ def sft_arm(results: Results) -> ArmRecord | None:
 
 def against_sft(results: Results) -> str:
     """Return sentences that say whether distillation is better than plain fine-tuning, with sampled and with greedy answers."""
-    tuned, distilled = sft_arm(results), _distilled(results)
+    tuned, distilled = sft_arm(results), distilled_arms(results)
     if not (distilled and results.summaries):
         return ""
     if tuned is None:
-        student = student_of(results)
-        return f"The study does not compare distillation with plain fine-tuning (SFT), because no arm only fine-tunes {student}."
-    gaps = _gaps(results, tuned.name, distilled)
+        alone = f"because no arm only fine-tunes {student_of(results)}"
+        return f"The study does not compare distillation with plain fine-tuning (SFT), {alone}."
+    gaps = gaps_from_sft(results)
     if not gaps:
         return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: no finished training seed is common to both."
     ways = {way: [gap for gap in gaps if gap.way == way] for way in dict.fromkeys(gap.way for gap in gaps)}
@@ -309,31 +304,35 @@ def against_sft(results: Results) -> str:
 @once
 def clear_against_sft(results: Results) -> dict[frozenset[str], bool]:
     """Map each pair of the fine-tuned arm and a distilled arm to True if they clearly differ in the primary metric."""
-    tuned = sft_arm(results)
-    gaps = _gaps(results, tuned.name, _distilled(results)) if tuned else []
-    return {frozenset((tuned.name, gap.arm)): gap.clear for gap in gaps if tuned and gap.metric == primary_metric(results)}
+    tuned, metric = sft_arm(results), primary_metric(results)
+    return {frozenset((tuned.name, gap.arm)): gap.clear for gap in gaps_from_sft(results) if tuned and gap.metric == metric}
 
 
-def _distilled(results: Results) -> list[str]:
+def distilled_arms(results: Results) -> list[str]:
+    """Return the names of the arms that the study compares with plain fine-tuning."""
     model = student_of(results)
     return [arm.name for arm in results.plan.arms if arm.is_trained and arm.model == model and arm.is_taught and arm.control is None]
 
 
-def _gaps(results: Results, tuned: str, distilled: Sequence[str]) -> list[_Gap]:
-    metric, greedy, main = primary_metric(results), greedy_decoding(results), results.plan.recipe["evaluate"].get("temperature", 1.0)
+def gaps_from_sft(results: Results) -> list[Gap]:
+    """Return the differences of all distilled arms from the fine-tuned arm, with each kind of answers."""
+    if (tuned := sft_arm(results)) is None:
+        return []
+    distilled, metric, greedy = distilled_arms(results), primary_metric(results), greedy_decoding(results)
+    main = results.plan.recipe["evaluate"].get("temperature", 1.0)
     ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
-    found = [(way, m, arm, c) for way, m in ways.items() for arm in distilled if (c := compare(results, arm, tuned, m))]
+    found = [(way, m, arm, c) for way, m in ways.items() for arm in distilled if (c := compare(results, arm, tuned.name, m))]
     # the correction counts unfinished comparisons too, so that a claim cannot be reversed when they finish
     family = len(ways) * len(distilled)
     adjusted = holm([gap.p for *_, (gap, _) in found] + [1.0] * (family - len(found)))
     tested = {frozenset((c.arm, c.other)): (c.p_holm, c.family) for c in comparisons(results)}  # the study's verdicts on the same pairs
     return [
-        _Gap(way, m, arm, gap, len(seeds), *((m == metric and tested.get(frozenset((arm, tuned)))) or (p, family)))
+        Gap(way, m, arm, gap, len(seeds), *((m == metric and tested.get(frozenset((arm, tuned.name)))) or (p, family)))
         for (way, m, arm, (gap, seeds)), p in zip(found, adjusted, strict=False)
     ]
 
 
-def _way_text(gaps: Sequence[_Gap], metric: str, *, first: bool) -> str:
+def _way_text(gaps: Sequence[Gap], metric: str, *, first: bool) -> str:
     best = max(gaps, key=lambda gap: gap.difference.mean)
     who = f"the best of {len(gaps)} distilled arms ({best.arm})" if first else f"the best of them ({best.arm})"
     who = who if len(gaps) > 1 else best.arm
@@ -341,7 +340,7 @@ def _way_text(gaps: Sequence[_Gap], metric: str, *, first: bool) -> str:
     return f"With {best.way} answers, {who} differs by {size}."
 
 
-def _near_text(near: Sequence[_Gap], count: int) -> str:
+def _near_text(near: Sequence[Gap], count: int) -> str:
     first = min(near, key=lambda gap: gap.p)
     return (
         f"Of {count} such differences (one for each arm and kind of answer), {len(near)} {form(len(near), 'has', 'have')} an interval "

@@ -13,15 +13,26 @@ from typing import Literal
 from tadistill.constants import OFF_BUDGET
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.analysis import against_sft, student_of
-from tadistill.report.explain import doubt_text, failed_text, few_text, gap_words, missing_text, needed_seeds, needed_text, to_equal
-from tadistill.report.path_words import in_words, some, taught, ways_text
+from tadistill.report.analysis import Gap, against_sft, distilled_arms, gaps_from_sft, sft_arm, student_of
+from tadistill.report.explain import (
+    chance_text,
+    doubt_text,
+    failed_text,
+    few_text,
+    gap_words,
+    missing_text,
+    needed_seeds,
+    needed_text,
+    tested,
+    to_equal,
+)
+from tadistill.report.path_words import in_words, sized, some, taught, ways_text
 from tadistill.report.tables import stage_rows
 from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
 from tadistill.results.compare import compare, direct_of, relative_compute, teacher_of
-from tadistill.results.number_text import flops_text, number, parameters_text, size_text, span, with_unit
+from tadistill.results.number_text import flops_text, number, size_text, span, with_unit
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.text import counted, listed
 
 Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]
@@ -89,12 +100,31 @@ def next_seeds(results: Results) -> int | None:
     return _next(results, answer(results).kind)[1]
 
 
-def sized(results: Results, model: str, *, words: bool = False) -> str:
-    """Return the name of a model with its number of parameters: ``s (23.8 k)``, or ``s (23.8 k parameters)`` if `words` is True."""
-    if model not in results.plan.parameters:  # several first teachers, such as `m on maths + xl on chat`
-        return in_words(model)
-    count = parameters_text(results.plan.parameters[model])
-    return f"{model} ({count} parameters)" if words else f"{model} ({count})"
+def own_against_sft(results: Results, arm: ArmRecord) -> list[str]:
+    """Return sentences on one arm's difference from plain fine-tuning, with sampled and with greedy answers. They leave out a difference
+    that `comparisons` has. For the fine-tuned arm, they are about all distilled arms."""
+    if (tuned := sft_arm(results)) is None or arm.name not in (tuned.name, *distilled_arms(results)):
+        return []
+    if arm.name == tuned.name:
+        return [text] if (text := against_sft(results)) else []
+    known = [gap for gap in gaps_from_sft(results) if gap.arm == arm.name]
+    against = f"{arm.name} against plain fine-tuning (SFT, {tuned.name})"
+    if not known:
+        return [f"{against}: no evidence yet, because the two arms have no finished training seed in common."]
+    metric, pair = primary_metric(results), {arm.name, tuned.name}
+    said = any({c.arm, c.other} == pair for c in comparisons(results))
+    return [f"{against}, {_gap_text(gap, metric)}" for gap in known if not (said and gap.metric == metric)]
+
+
+def _gap_text(gap: Gap, metric: str) -> str:
+    found, p = gap.difference, tested(gap.p, gap.family)
+    if gap.clear:
+        verdict = f"{SHOWN['gain' if found.mean > 0 else 'loss']} ({p})."
+    else:
+        doubt = chance_text(found, gap.p, gap.family) if gap.enough else few_text(gap.seeds)
+        verdict = f"no evidence of a difference. {doubt}"
+    size = span(found, metric, unit=True)
+    return f"with {gap.way} answers: the difference in {metric_title(metric)} is {size}. Verdict: {verdict}"
 
 
 # --- the question ---------------------------------------------------------------------------------------------------------
@@ -124,14 +154,14 @@ def _question_on_paths(results: Results, student: str, chains: Sequence[ArmRecor
         asked = f"Is {student} better" if alone else f"How good is {student}"
         than = f" than when {alone[0]} teaches it directly{equal}" if alone else ""
         return f"{asked} when each training set has its own teacher ({in_words(route.path[0])}){than}?"
-    teacher = sized(results, teacher_of(results, chains[0]))
+    name = teacher_of(results, chains[0])
     assistants = dict.fromkeys(model for arm in chains for model in arm.models if model not in (teacher_of(results, arm), arm.model))
     # an assistant may do other things than teach the student
     through = "through" if all(arm.is_plain for arm in chains) else "with the help of"
-    by_chain = f"{teacher} teaches it {through} {listed([sized(results, model) for model in assistants])}"
+    by_chain = f"{sized(results, name)} teaches it {through} {listed([sized(results, model) for model in assistants])}"
     if not any(pair.other for pair in found):
         return f"How good is {student} when {by_chain}?"
-    return f"Is {student} better when {by_chain} than when {teacher.split(' ')[0]} teaches it directly{equal}?"
+    return f"Is {student} better when {by_chain} than when {name} teaches it directly{equal}?"
 
 
 def _best(compared: Sequence[object], of_two: str, of_many: str) -> str:

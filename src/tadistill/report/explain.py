@@ -19,8 +19,9 @@ from tadistill.results.number_text import number, p_text, ratio_text, span, with
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
+from tadistill.statistics import Difference
 from tadistill.store import FAILURE
-from tadistill.text import counted, form, listed, one_line, shortened
+from tadistill.text import counted, listed, one_line, shortened
 
 _OFF = f"{100 * OFF_BUDGET:.0f} %"
 _NAMED = 5  # most arms that one sentence names
@@ -63,14 +64,15 @@ def gap_words(c: Comparison) -> str:
 def _word_text(c: Comparison) -> str:
     if c.word in ("gain", "loss"):
         small = f"; the difference is smaller than the margin of {number(c.margin, c.metric)}" if c.equivalent else ""
-        return f"{SHOWN[c.word]} ({_tested(c)}{small})."
+        return f"{SHOWN[c.word]} ({tested(c.p_holm, c.family)}{small})."
     if c.word == "equivalent":
         return f"equivalent, within the margin of ±{number(c.margin, c.metric)}."
     return f"no evidence of a {'difference' if c.against == 'pair' else 'gain'}. {doubt_text(c)}"
 
 
-def _tested(c: Comparison) -> str:
-    return p_text(c.p_holm) + (f" after Holm's correction for {c.family} comparisons" if c.family > 1 else "")
+def tested(p: float, family: int) -> str:
+    """Return the p-value of a comparison as text, with the number of comparisons for which it is corrected."""
+    return p_text(p) + (f" after Holm's correction for {family} comparisons" if family > 1 else "")
 
 
 def few_text(seeds: int) -> str:
@@ -82,15 +84,20 @@ def doubt_text(c: Comparison) -> str:
     """Return sentences on an undecided comparison: why its difference may be chance, and which differences the study may miss."""
     if c.few_seeds:
         return few_text(len(c.seeds))
-    if c.difference.one_prompt:
-        return "A test set has only one prompt, so the difference cannot be tested."
-    if c.difference.se == 0:
-        return "The difference does not vary over these prompts, so it cannot be tested."
-    why = "The interval contains 0" if c.difference.covers_zero else f"The interval excludes 0, but {_tested(c)}"
-    chance = f"{why}, so the difference may be chance."
+    chance = chance_text(c.difference, c.p_holm, c.family)
     if c.detectable is None or not float(size := number(c.detectable, c.metric)):
         return chance
     return f"{chance} A true difference below {with_unit(size, c.metric)} would often be missed (power below 80 %)."
+
+
+def chance_text(difference: Difference, p: float, family: int) -> str:
+    """Return a sentence that says why a difference that is not clear may be chance, or why it cannot be tested."""
+    if difference.one_prompt:
+        return "A test set has only one prompt, so the difference cannot be tested."
+    if difference.se == 0:
+        return "The difference does not vary over these prompts, so it cannot be tested."
+    why = "The interval contains 0" if difference.covers_zero else f"The interval excludes 0, but {tested(p, family)}"
+    return f"{why}, so the difference may be chance."
 
 
 def _credit_text(c: Comparison) -> list[str]:
@@ -173,19 +180,6 @@ def _first(texts: Sequence[str], separator: str = "; ") -> str:
     """Join the texts on the first arms, and say how many more arms there are."""
     more = [f"and {counted(len(texts) - _NAMED, 'more arm')}"] if len(texts) > _NAMED else []
     return separator.join([*texts[:_NAMED], *more])
-
-
-def sample_text(results: Results, arm: ArmRecord) -> str:
-    """Return the numbers of prompts and seeds behind an arm's mean, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
-    metric = primary_metric(results)
-    seeds = results.scores[arm.name]
-    having = {name: of_set[metric] for name, of_set in next(iter(seeds.values())).items() if metric in of_set}
-    table = list(having.values())
-    decodings = max(values_NK.shape[1] for values_NK in table)
-    prompts, rows = sum(map(len, table)), sum({s.set: s.counts.rows for s in results.used if s.role == "test" and s.set in having}.values())
-    of = f" of {rows}" if rows > prompts else ""
-    counts = f"{prompts}{of} {form(max(prompts, rows), 'prompt', 'prompts')}, {counted(decodings, 'decoding seed')}"
-    return f"{counts}, {counted(len(seeds), 'training seed')}" if arm.is_trained else counts
 
 
 def cautions(results: Results) -> list[str]:

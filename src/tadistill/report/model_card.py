@@ -22,10 +22,11 @@ from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
 from tadistill.report.analysis import analyses
-from tadistill.report.explain import caution_texts, sample_text, undecided_text, verdict_text
+from tadistill.report.answer import own_against_sft
+from tadistill.report.explain import caution_texts, undecided_text, verdict_text
 from tadistill.report.path_words import route
 from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_table
-from tadistill.report.tables import Cell, mean_cell
+from tadistill.report.tables import Cell, mean_cell, sample_text
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
 from tadistill.results.measured import load_predictions, rows_text
 from tadistill.results.number_text import number, parameters_text, summary_text
@@ -188,6 +189,7 @@ def _verdict(results: Results, arm: ArmRecord) -> list[str]:
             sentences += [verdict_text(results, c), *caution_texts(c)]
     decided = {c.arm for c in comparisons(results)}
     sentences += [undecided_text(p) for p in pairs(results) if p.arm.name == arm.name and p.against != "pair" and p.arm.name not in decided]
+    sentences += own_against_sft(results, arm)
     return sentences or ["The study does not compare this arm with another arm, so it makes no claim about the arm's method."]
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tadistill.config.arm import Control, flat, is_route, path_text, teachers_of
 from tadistill.constants import misses_budget
 from tadistill.results.collect import Results
+from tadistill.results.number_text import parameters_text
 from tadistill.results.study import ArmRecord, PhaseRecord
 from tadistill.text import listed
 
@@ -176,6 +177,19 @@ def ways_text(arms: Sequence[ArmRecord]) -> str:
 def in_words(name: str) -> str:
     """Return an element of a path as text: the name of a model, or several first teachers such as "m on maths and xl on chat"."""
     return listed([f"{teacher} on {name}" for name, teacher in teachers_of(name).items()]) if is_route(name) else name
+
+
+def sized(results: Results, model: str, *, words: bool = False) -> str:
+    """Return the name of a model with its number of parameters: ``s (23.8 k)``, or ``s (23.8 k parameters)`` if `words` is True."""
+    if model not in results.plan.parameters:  # several first teachers, such as `m on maths + xl on chat`
+        return in_words(model)
+    count = parameters_text(results.plan.parameters[model])
+    return f"{model} ({count} parameters)" if words else f"{model} ({count})"
+
+
+def hop_text(models: tuple[str, ...], j: int) -> str:
+    """Return step `j` of a path as text, such as ``xl > l``. `j` counts from the end of the path: step 0 trains the student."""
+    return path_text((models[-2 - j], models[-1 - j]))
 
 
 def some(names: Sequence[str]) -> str:

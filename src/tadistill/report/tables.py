@@ -22,7 +22,7 @@ from tadistill.results.number_text import (
 from tadistill.results.sample_answers import references
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import SHOWN, Comparison, comparisons, control_pairs
-from tadistill.text import counted
+from tadistill.text import counted, form
 
 
 @dataclass(frozen=True)
@@ -327,3 +327,16 @@ def _by_arm(
     rows = [(arm.name, tuple(cells(arm.name))) for arm in results.plan.arms] if columns else []
     shown = tuple((arm, of_arm) for arm, of_arm in rows if any(cell != Cell() for cell in of_arm))
     return Table(name, title, note, columns, shown) if shown else None
+
+
+def sample_text(results: Results, arm: ArmRecord) -> str:
+    """Return the numbers of prompts and seeds behind an arm's mean, such as ``580 of 582 prompts, 5 decoding seeds, 3 training seeds``."""
+    metric = primary_metric(results)
+    seeds = results.scores[arm.name]
+    having = {name: of_set[metric] for name, of_set in next(iter(seeds.values())).items() if metric in of_set}
+    table = list(having.values())
+    decodings = max(values_NK.shape[1] for values_NK in table)
+    prompts, rows = sum(map(len, table)), sum({s.set: s.counts.rows for s in results.used if s.role == "test" and s.set in having}.values())
+    of = f" of {rows}" if rows > prompts else ""
+    counts = f"{prompts}{of} {form(max(prompts, rows), 'prompt', 'prompts')}, {counted(decodings, 'decoding seed')}"
+    return f"{counts}, {counted(len(seeds), 'training seed')}" if arm.is_trained else counts

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,13 @@ def test_a_published_recipe_is_planned_without_its_models(tmp_path, monkeypatch)
     assert "data set `dolly` (train) is not on this disk" in text
     with pytest.raises(NotHere, match=re.escape(f"{reason}; run `tadistill fetch RECIPE`")):
         make_plan(load(RECIPE, ["models.same={load: openai-community/gpt2-xl}"]))
+
+
+def test_an_unknown_size_is_of_a_model_with_its_whole_name(monkeypatch):
+    monkeypatch.setattr(sources, "description_file", lambda *_, **__: None)
+    named = re.sub(r"(?<!-)\bxl\b", "the teacher", Path(RECIPE).read_text())
+    plan = make_plan(parse(named, source="named"), partial=True)
+    assert "not on this disk (the teacher, l, m, s, same); " in str(plan.absent["3.A-twin"])
 
 
 @pytest.mark.slow

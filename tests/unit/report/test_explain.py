@@ -9,11 +9,11 @@ import pytest
 
 from tadistill.config.sampling import StudentSampler
 from tadistill.report import explain
-from tadistill.report.analysis import Row, analyses, hop_text, published, sft_arm
+from tadistill.report.analysis import Row, analyses, published, sft_arm
 from tadistill.report.answer import answer
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
-from tadistill.report.path_words import arm_words, steps
+from tadistill.report.path_words import arm_words, hop_text, steps
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_sizes, bucket_title, difference
 from tadistill.results.number_text import number, summary_text

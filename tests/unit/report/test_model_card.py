@@ -1,6 +1,7 @@
 """Exported students and their model cards."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from tadistill.config.model import ModelConfig
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
+from tadistill.report.analysis import against_sft
 from tadistill.report.explain import verdict_text
 from tadistill.report.model_card import export, model_card
 from tadistill.results.number_text import number
@@ -134,6 +136,41 @@ def test_a_card_tells_a_negative_result(tmp_path):
     card = model_card(study.read(), "chain", 1, tmp_path, "out")
     assert " against direct distillation with the same compute (twin): the difference in ROUGE-L is −" in card
     assert " Verdict: clearly worse (p " in card
+
+
+def _verdicts(results, arm, tmp_path):
+    card = model_card(results, arm, 1, tmp_path, "out")
+    return card.split("## Verdict\n\n")[1].split("\n\n## ")[0]
+
+
+def test_a_card_says_how_its_arm_differs_from_fine_tuning(tmp_path):
+    """In a study with assistants, whose verdicts are about their paths, it said that the arm was compared with no arm."""
+    direct = [ArmSpec("kd", ("xl", "s")), ArmSpec("bad", ("xl", "s"), gain=-9), ArmSpec("later", ("xl", "s"))]
+    arms = [ArmSpec("sft", ("s",), flops=1e18), *direct, ArmSpec("chain", ("xl", "l", "s")), ArmSpec("assistant", ("xl", "l"))]
+    spec = StudySpec(arms, seeds=(1, 2, 3), sets={"dolly": 30}, fact_sets=(), unfinished=tuple(("later", seed) for seed in (1, 2, 3)))
+    results = build_study(tmp_path, spec).read()
+    start = "- bad against plain fine-tuning (SFT, sft), with {} answers: the difference in ROUGE-L is −"
+    bad = _verdicts(results, "bad", tmp_path).splitlines()
+    assert [line.startswith(start.format(way)) for way, line in zip(("sampled", "greedy"), bad, strict=True)] == [True, True]
+    assert all(re.search(r" Verdict: clearly worse \(p \S+ \S+ after Holm's correction for 8 comparisons\)\.$", line) for line in bad)
+    assert " Verdict: no evidence of a difference. The interval " in _verdicts(results, "kd", tmp_path)
+    assert "(sft), with sampled" not in (chain := _verdicts(results, "chain", tmp_path))
+    assert "TA path" in chain
+    assert "chain against plain fine-tuning (SFT, sft), with greedy answers" in chain
+    late = "- later against plain fine-tuning (SFT, sft): no evidence yet, because the two arms have no finished training seed in common."
+    assert _verdicts(results, "later", tmp_path) == late
+    assert _verdicts(results, "sft", tmp_path) == f"- {against_sft(results)}"
+    assert "The study does not compare this arm" in _verdicts(results, "assistant", tmp_path)
+
+
+def test_a_card_does_not_give_a_comparison_with_fine_tuning_twice(tmp_path):
+    arms = [ArmSpec("sft", ("s",), flops=1e15), ArmSpec("kd", ("xl", "s"), gain=9)]
+    results = build_study(tmp_path, StudySpec(arms, seeds=(1, 2, 3), sets={"dolly": 30}, fact_sets=())).read()
+    said = _verdicts(results, "kd", tmp_path).splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        "- sft against kd",
+        "- kd against plain fine-tuning (SFT, sft), with greedy answers",
+    ]
 
 
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):

@@ -328,6 +328,14 @@ def render(table, width=140):
     return capture.get()
 
 
+def test_a_question_has_the_whole_name_of_a_teacher(tmp_path, monkeypatch):
+    teacher = "Mein Lehrer"
+    monkeypatch.setitem(PARAMETERS, teacher, 10**9)
+    arms = [ArmSpec("chain", (teacher, "l", "s")), ArmSpec("direct", (teacher, "s"))]
+    found = answer(build_study(tmp_path, StudySpec(arms, teacher=teacher)).read())
+    assert found.question.endswith(" than when Mein Lehrer teaches it directly?")
+
+
 def test_the_answer_of_many_arms_without_chains(tmp_path):
     arms = [ArmSpec(f"arm{i}", ("xl", "s"), gain=8.0 * (i == 4)) for i in range(5)]
     spec = StudySpec(arms, seeds=(10, 20, 30, 40), sets={"dolly": 60}, fact_sets=())

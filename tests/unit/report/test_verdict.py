@@ -7,8 +7,9 @@ import pytest
 
 from tadistill.report import write_report
 from tadistill.report.answer import answer
-from tadistill.report.explain import caution_texts, cautions, sample_text, verdict_text
+from tadistill.report.explain import caution_texts, cautions, verdict_text
 from tadistill.report.findings import against
+from tadistill.report.tables import sample_text
 from tadistill.results.collect import MEAN
 from tadistill.results.compare import Mechanism, compare
 from tadistill.results.verdict import _credit, _word, comparisons

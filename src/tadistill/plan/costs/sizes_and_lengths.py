@@ -51,10 +51,10 @@ class SizesAndLengths:
         self._others: dict[tuple, Self] = {}
         self._fit: set[str] = set()  # models whose positions have been compared with the lengths of answers
 
-    def unknown(self) -> list[str]:
-        """Return the models whose config.json is not on this disk, as `NAME (SOURCE)`."""
+    def unknown(self) -> dict[str, str]:
+        """Map the name of each model whose config.json is not on this disk to the text `NAME (SOURCE)`."""
         models = self.recipe.models.items()
-        return [f"{name} ({model.load})" for name, model in models if model.load and self.config(name) is None]
+        return {name: f"{name} ({model.load})" for name, model in models if model.load and self.config(name) is None}
 
     def size(self, name: str) -> Size | None:
         """Return the size of a model. Return None if its configuration is not on this disk, or if its family is not supported."""
