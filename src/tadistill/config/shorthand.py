@@ -54,7 +54,8 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     data = dict.fromkeys(("train", "dev", "test"), data) if isinstance(data, str) else data
     method = {"name": method} if isinstance(method, str) else method
     if isinstance(data, dict) and "dev" not in data and isinstance(test := data.get("test"), str | dict | list) and test:
-        method = _without_dev(method, rest.get("methods"))
+        _check_selects({"method": method, "methods": rest.get("methods")} | models)
+        method, models = _method_without_dev(method), {name: _model_without_dev(model) for name, model in models.items()}
         data = data | {"dev": test[0] if isinstance(test, list) else test}  # needed, but nothing is measured on it
     elif isinstance(data, dict) and data.get("train") and not ("dev" in data or "test" in data):
         data = data | {"dev": data["train"]}  # the only mistake is then that the test set is missing
@@ -88,20 +89,33 @@ def _is_sft(method: Any) -> bool:
     return method.get("name") == "sft" and all(method.get(part) in (None, [], plain.get(part)) for part in others)
 
 
-def _without_dev(method: Any, methods: Any) -> Any:
-    if any(chosen.get("patience") or chosen.get("metric", "last") != "last" for chosen in _selects([method, methods])):
-        raise ConfigError("method.select chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `method.select`")
-    if not isinstance(method, dict):
-        return method
-    chosen = method.get("select")
-    return method | {"select": {"metric": "last"}} if chosen is None or isinstance(chosen, dict) else method
+def _check_selects(recipe: dict[str, Any]) -> None:
+    for key, chosen in _selects(recipe):
+        metric = chosen.get("metric", "loss" if "every" in chosen else "last")  # as in the long form, `every` may stand beside `last`
+        if chosen.get("patience") or metric != "last":
+            raise ConfigError(f"{key} chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `{key}`")
 
 
-def _selects(value: Any) -> Iterator[dict[str, Any]]:
+def _method_without_dev(method: Any) -> Any:
+    chosen = method.get("select") if isinstance(method, dict) else method
+    if chosen is None or isinstance(chosen, dict):
+        wrong = {} if _valid({"select": chosen}) else chosen  # the check of the recipe shows the mistake
+        return method | {"select": wrong | {"metric": "last"}}
+    return method
+
+
+def _model_without_dev(model: Any) -> Any:
+    sft = model.get("sft") if isinstance(model, dict) else None
+    chosen = sft.get("select") or {} if isinstance(sft, dict) else None
+    return model | {"sft": sft | {"select": chosen | {"metric": "last"}}} if isinstance(chosen, dict) else model
+
+
+def _selects(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     for key, part in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        place = f"{at}.{key}".removeprefix(".")
         if key == "select" and isinstance(part, dict):
-            yield part
-        yield from _selects(part)
+            yield place, part
+        yield from _selects(part, place)
 
 
 def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:

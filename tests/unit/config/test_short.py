@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tadistill.config import load, validate
+from tadistill.config.method_parts import Select
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 
@@ -67,8 +68,30 @@ def test_one_name_is_all_sets_and_settings_may_be_added():
 def test_without_dev_the_last_weights_are_kept():
     data = {"train": "tinyworld", "test": "tinyworld"}
     assert validate(SHORT | {"data": data, "method": "gkd"}).method.select.metric == "last"
-    with pytest.raises(ConfigError, match=r"`data\.dev` is missing; add `data\.dev`"):
-        validate(SHORT | {"data": data, "method": {"name": "gkd", "select": {"patience": 2}}})
+    for method in ({"name": "gkd"}, {"name": "gkd", "select": {"metric": "last", "every": 7}}):
+        found = validate(SHORT | {"data": data, "method": method, "student": MODEL | {"sft": {}}})
+        assert (found.method.select, found.models["student"].sft.select.metric) == (Select(metric="last"), "last")
+
+
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        ({"patience": 2}, "{0} chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `{0}`"),
+        ({"metric": "loss"}, "{0} chooses a checkpoint on dev, but `data.dev` is missing"),
+        ({"every": 50}, "{0} chooses a checkpoint on dev, but `data.dev` is missing"),
+        ({"evry": 50}, "`{0}.evry` is not a known key; did you mean `every`?"),
+        ({"metric": "last", "every": 0}, "{0}.every"),
+        ({"metric": "last", "patience": "x"}, "{0} chooses a checkpoint on dev"),
+        ([3], "{0}"),
+    ],
+)
+@pytest.mark.parametrize("key", ["method.select", "student.sft.select"])
+def test_without_dev_select_is_read_and_cannot_choose(key, select, words):
+    """It was thrown away unread, and the fine-tuning of a model chose its checkpoint on the test set."""
+    change = {"method": {"name": "gkd", "select": select}} if key == "method.select" else {"student": MODEL | {"sft": {"select": select}}}
+    with pytest.raises(ConfigError) as error:
+        validate(SHORT | {"data": {"train": "tinyworld", "test": "tinyworld"}} | change)
+    assert words.format(key) in str(error.value) or words.format(f"models.{key}") in str(error.value)
 
 
 def test_one_test_set_needs_no_list_in_both_forms():
