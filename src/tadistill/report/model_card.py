@@ -17,7 +17,7 @@ from tadistill.data.hub import NAMED
 from tadistill.data.prompts import in_alpaca, render
 from tadistill.data.rows import Example
 from tadistill.data.tinyworld import world_rows
-from tadistill.disk import filling, ordinary_permissions, read_json, write_text
+from tadistill.disk import filling, ordinary_permissions, read_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
@@ -57,9 +57,12 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
             shutil.copytree(source, folder, dirs_exist_ok=True)
             tokens.name_ends(folder)
             ordinary_permissions(folder)
-            write_text(folder / "README.md", card)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    except StoreError:
+        raise
     except OSError as error:
-        raise StoreError(f"{source} cannot be copied to {target} ({error}); check its permissions and free space") from error
+        why = error.args[0][0][2].partition(": '")[0] if isinstance(error, shutil.Error) else error  # it lists every file
+        raise StoreError(f"{source} cannot be copied to {target} ({why}); check its permissions and free space") from error
     return target
 
 

@@ -222,6 +222,16 @@ def test_an_export_that_fails_leaves_nothing(study, tmp_path, monkeypatch, there
     assert (export(study.read(), "chain", 10, target) / "README.md").is_file()
 
 
+def test_a_full_disk_is_one_sentence_without_folders_that_are_deleted(study, tmp_path, monkeypatch):
+    def copied(_, folder, **__):
+        names = [(f"model/{name}", f"{folder}/{name}", f"[Errno 28] No space left on device: '{folder}/{name}'") for name in "ab"]
+        raise shutil.Error(names)
+
+    monkeypatch.setattr(shutil, "copytree", copied)
+    with pytest.raises(StoreError, match=r"cannot be copied to \S+/out \(\[Errno 28\] No space left on device\); check its permissions"):
+        export(study.read(), "chain", 10, tmp_path / "out")
+
+
 def test_a_model_whose_folder_was_deleted_is_one_sentence(study, tmp_path):
     key = key_of("distill", ("xl", "l", "s"), 10, "chain")
     folder = study.store_dir / key[:2] / key
