@@ -9,7 +9,8 @@ from tests.byte_models import CHATML, byte_model, byte_tokenizer, save
 
 from tadistill.data.prompts import render
 from tadistill.data.rows import Example
-from tadistill.report.model_card import export, prompt_format
+from tadistill.report.model_card import export
+from tadistill.report.usage import prompt_format
 from tadistill.results.collect import Results
 
 from .builder import ArmSpec, StudySpec, build_study
