@@ -28,8 +28,8 @@ from tadistill.text import counted
 
 _KEY = re.compile(rb"\b[0-9a-f]{16}\b")
 _STORE = "store"
-_STUDY = ("plan.json", SEARCH, "local")  # one of them is in the folder of a study or a search
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
+_TRACKERS = ("tensorboard", "trackio", "wandb")  # folders of other programs, in studies or beside them
 _SHOWN = 20  # rows of the table before the question
 _WIDEST = 1000  # characters in a line of the table of studies
 
@@ -178,39 +178,44 @@ def _folders(runs: Path) -> list[Path]:
 
 
 def _named_keys(study: Path) -> Iterator[str]:
-    """Return the keys in the JSON files of a study's folder and the folders below it. The folder may also hold studies, such as old ones.
+    """Return the keys in the JSON files of a study's folder and of all folders below it, which may be studies too, such as old ones.
 
-    A link to a folder is followed only if it has a name that tadistill gives, or leads to a study. What other programs write into a study,
-    such as W&B, may be unreadable.
+    All of it must be readable, and links are followed. Only two things are foreign: the folders of trackers, such as W&B, and links in a
+    study whose names are none of tadistill's. They may be unreadable, and a foreign link to a folder is followed only if this is a study.
     """
-    todo, seen = [(study, True)], set[str]()  # links may lead in a circle
+    todo, seen = [(study, False)], set[tuple[str, bool]]()  # links may lead in a circle
     while todo:
-        folder, needed = todo.pop()
-        if (real := os.path.realpath(folder)) in seen:
+        folder, foreign = todo.pop()
+        if (place := (os.path.realpath(folder), foreign)) in seen:
             continue
-        seen.add(real)
+        seen.add(place)
         try:
+            in_study = _is_study(folder)
             with os.scandir(folder) as found:
                 paths = sorted(folder / entry.name for entry in found)
         except OSError as error:
-            if needed:
+            if not foreign:
                 raise _unknown(study, folder, error) from error
             continue
-        is_study = any(path.name in _STUDY for path in paths)
-        needed |= is_study
+        foreign = not in_study and (foreign or folder.name in _TRACKERS)
         for path in paths:
-            ours = path.name in _FOLDERS or folder.name == "earlier"
+            ours = path.name in _FOLDERS or path.suffix == ".json"
+            theirs = foreign or (in_study and (path.name in _TRACKERS or (path.is_symlink() and not ours)))
             try:
                 if path.is_dir():
-                    linked = path.is_symlink() and not (ours or any((path / name).exists() for name in _STUDY))
-                    todo += [] if linked else [(path, needed and (ours or not is_study))]
+                    if not (theirs and path.is_symlink()) or _is_study(path):
+                        todo.append((path, theirs))
                 elif path.suffix == ".json":
                     yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
-                elif ours or not (is_study or path.suffix):
-                    path.stat()  # a link to a folder of tadistill, or to a study, that is not there
+                else:
+                    path.stat()  # a link may lead to a study that is not there
             except OSError as error:
-                if needed:
+                if not theirs:
                     raise _unknown(study, path, error) from error
+
+
+def _is_study(folder: Path) -> bool:
+    return (folder / "plan.json").is_file() or is_search(folder)
 
 
 def _unknown(study: Path, path: Path, error: OSError) -> StoreError:

@@ -165,9 +165,47 @@ def test_links_and_files_of_other_programs_keep_no_stages_from_being_deleted(sto
     (tmp_path / "mine" / "wandb" / "latest-run").symlink_to("run-0")
     (tmp_path / "mine" / "notes.txt").symlink_to("/gone/notes.txt")
     (tmp_path / "mine" / "data").symlink_to(data)
-    (tmp_path / "mine" / "closed").mkdir()
+    (logs.parent / "closed").mkdir()
     monkeypatch.setattr("os.scandir", refused(only="closed"))
+    (tmp_path / "wandb").mkdir()  # of a training without tadistill
+    (tmp_path / "wandb" / "latest-run").symlink_to("run-0")
     assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
+
+
+def test_a_link_of_a_study_to_a_folder_without_permission_keeps_no_stages(store, tmp_path, monkeypatch):
+    (tmp_path / "mine" / "data").symlink_to("/closed/data")
+    real = Path.is_dir
+
+    def is_dir(path: Path) -> bool:
+        if path.name == "data":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr("pathlib.Path.is_dir", is_dir)
+    assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
+
+
+@pytest.mark.parametrize("link", ["old/qwen2.5-0.5b", "old/notes.txt", "mine/first/second", "group/v", "group/remote/v"])
+def test_a_link_that_leads_nowhere_deletes_nothing_also_in_a_folder_of_studies(store, tmp_path, link):
+    """A dot in a study's name was taken for the suffix of a file, and a study called `local` made its group a study."""
+    (tmp_path / "group" / "local" / "study").mkdir(parents=True)
+    for study in ("group/local", "group/local/study", "wandb"):
+        (tmp_path / study).mkdir(exist_ok=True)
+        (tmp_path / study / "plan.json").write_text("{}")
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to("/not/mounted")
+    with pytest.raises(StoreError, match=rf"{link} \(No such file.* needs are not known; mount the disk of /not/mounted"):
+        unneeded(tmp_path, store)
+
+
+def test_a_linked_folder_of_studies_is_followed(store, tmp_path, tmp_path_factory):
+    archive = tmp_path_factory.mktemp("archive")
+    for name, key in (("one", "c"), ("wandb", "d")):  # a study may have the name of a tracker
+        (archive / name).mkdir()
+        (archive / name / "plan.json").write_text(json.dumps({"stages": [{"key": key * 16}]}))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "2024").symlink_to(archive)
+    assert unneeded(tmp_path, store) == []
 
 
 def test_studies_that_were_moved_into_a_folder_keep_their_stages(store, tmp_path, tmp_path_factory, monkeypatch):
