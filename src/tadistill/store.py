@@ -38,7 +38,7 @@ _RESUME = (*STATES, "best-*.pt", "*.tmp", _SECONDS)
 _PARTS = "parts"
 SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
 _FINISHED_PARTS = (f"{_PARTS}/*.json", f"{SIGNAL}/[0-9]*.safetensors")
-_STAGE = "stage.json"
+STAGE = "stage.json"  # the settings of a stage
 
 
 def key_of(value: Any) -> str:
@@ -64,9 +64,19 @@ def store_of(runs: Path) -> "Store":
 
 def runs_of(study: Path) -> Path:
     """Return the runs directory in which a study's folder lies. The folder of an earlier report is RUNS/STUDY/earlier/KEY."""
+    return study.absolute().parents[2] if _is_earlier(study) else study.parent
+
+
+def _is_earlier(study: Path) -> bool:
     above = study.absolute().parents
-    earlier = above[0].name == "earlier" and (above[1] / "plan.json").is_file()
-    return above[2] if earlier else study.parent
+    return above[0].name == "earlier" and (above[1] / "plan.json").is_file()
+
+
+def plan_again(study: Path) -> str:
+    """Return what a user must do about a damaged plan.json in a study's folder, or in that of an earlier report."""
+    if _is_earlier(study):
+        return f"no command writes an earlier plan again, so restore this file, or delete {study}"
+    return "run `tadistill run RECIPE` to write it again"
 
 
 def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Store"]:
@@ -145,7 +155,7 @@ class Store:
     def label(self, key: str) -> str:
         """Return `LABEL (KEY)` of a stage, for messages. If the stage's folder has no label, return only the key."""
         try:
-            return f"{json.loads((self.folder(key) / _STAGE).read_text(encoding='utf-8'))['label']} ({key})"
+            return f"{json.loads((self.folder(key) / STAGE).read_text(encoding='utf-8'))['label']} ({key})"
         except (OSError, ValueError, KeyError, TypeError):
             return key
 
@@ -180,7 +190,7 @@ class Store:
     def begin(self, key: str, record: dict[str, Any]) -> Path:
         """Prepare and return the folder of an unfinished stage. stage.json is written, and an invalid manifest.json is deleted."""
         folder = self.folder(key)
-        write_json(folder / _STAGE, record)
+        write_json(folder / STAGE, record)
         # the manifest of an unfinished stage is damaged or names missing files; it must not describe the new files
         (folder / MANIFEST).unlink(missing_ok=True)
         return folder

@@ -20,9 +20,9 @@ from tadistill.config.arm import direct_arm
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
-from tadistill.results.measured import load_reported
+from tadistill.results.measured import load_reported, training_settings
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
-from tadistill.store import Store, store_of
+from tadistill.store import Store, plan_again, store_of
 from tadistill.text import counted
 
 
@@ -96,6 +96,8 @@ class Observation:
     study: str = ""
     reported: float = 0.0
     """Standard deviation of the arm's difference to its baseline on the test sets, from the study's report. It is 0 without a report."""
+    settings: str = ""
+    """The study's updates of direct distillation, and the other settings (`training_settings`). Results are compared if they are equal."""
 
 
 # --- reading studies ----------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def history(runs: Path) -> History:
     for path in sorted(runs.glob("*/plan.json")):
         for plan, folder in _plans(path.parent, left_out):
             try:
-                models = _models(plan)
+                models = _models(plan, folder)
                 measures, reported = load_measures(path.parent), load_reported(folder)
             except TadistillError as error:
                 left_out.append(str(error))
@@ -212,14 +214,12 @@ def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: M
     return tuple(found)
 
 
-def _models(plan: StudyPlan) -> dict[str, ModelConfig]:
+def _models(plan: StudyPlan, folder: Path) -> dict[str, ModelConfig]:
     try:
         return {name: ModelConfig.model_validate(model) for name, model in plan.recipe["models"].items()}
     except ValidationError as error:
-        raise StoreError(
-            f"{plan.study}: the models in plan.json cannot be read ({counted(error.error_count(), 'problem')}); run `tadistill run RECIPE` "
-            "to write plan.json again"
-        ) from error
+        problems = counted(error.error_count(), "problem")
+        raise StoreError(f"the models in {folder / 'plan.json'} cannot be read ({problems}); {plan_again(folder)}") from error
 
 
 def _read_arm(
@@ -243,31 +243,32 @@ def _read_arm(
         return
     edges = path_edges(arm.path, plan.parameters, measures)
     family = family_of(models, plan.parameters, arm.path[0], plan.train_source, arm.method)
+    cost, updates = arm.flops / direct.flops, sum(phase.updates for phase in direct.phases)
     for seed, key in arm.final.items():
         if key is None or not store.finished(key):
             left_out.append(f"{name}, seed {seed}, is not finished")
             continue
         try:
-            metric, value = _dev_value(store, key)
+            metric, value, settings = _dev_result(store, key)
         except StoreError as error:
             left_out.append(str(error))
             continue
         if metric in NOT_COMPARABLE or value is None:
-            left_out.append(
-                f"{name}, seed {seed}: its checkpoint was selected by `{metric}`, which cannot compare students of different teachers"
-            )
+            why = f"its checkpoint was selected by `{metric}`, which cannot compare students of different teachers"
+            left_out.append(f"{name}, seed {seed}: {why}")
             continue
         quality = value if higher_is_better(metric) else -value
-        found.setdefault(key, Observation(family, arm.path, seed, edges, arm.flops / direct.flops, quality, metric, plan.study))
+        result = Observation(family, arm.path, seed, edges, cost, quality, metric, plan.study, settings=f"{updates} {settings}")
+        found.setdefault(key, result)
 
 
-def _dev_value(store: Store, key: str) -> tuple[str, float | None]:
+def _dev_result(store: Store, key: str) -> tuple[str, float | None, str]:
     folder = store.folder(key)
     try:
         metric = read_json(folder / "stage.json")["spec"]["select"]["metric"]
         value = read_json(folder / "manifest.json")["best_value"]
-        return str(metric), None if value is None else float(value)
-    except (KeyError, TypeError, ValueError) as error:
+        return str(metric), None if value is None else float(value), training_settings(store, key)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete this folder and run the recipe again") from error
 
 
@@ -302,23 +303,24 @@ class TwinPair:
 
 
 def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin: a run of direct distillation with the same family, student, seed and cost (within 5 %).
+    """Pair each chain with its twin: a run of direct distillation with the same family, student, settings, seed and cost (within 5 %).
 
     If no direct run has this cost, the twin's quality is interpolated between the next cheaper and the next more expensive run, linearly in
-    the log of the cost. A chain is left out if one of these two runs is missing.
+    the log of the cost. A chain is left out if one of these two runs is missing. Of several equal runs with one seed, the first counts.
     """
-    directs: dict[tuple[str, str, str, str, int], dict[float, Observation]] = {}
+    directs: dict[tuple[str | int, ...], dict[float, Observation]] = {}
     for o in observations:
         if len(o.path) == 2:
-            directs.setdefault(_ends(o), {})[o.cost] = o
-    found: dict[tuple[tuple[str, ...], tuple[str, ...], float, tuple[float, ...]], list[tuple[Observation, Edge, float]]] = {}
+            directs.setdefault(_ends(o), {}).setdefault(o.cost, o)
+    found: dict[tuple[Any, ...], dict[int, tuple[Observation, Edge, float]]] = {}
     for o in observations:
         beside = directs.get(_ends(o), {})
         twin = _twin(o.cost, {cost: d.quality for cost, d in beside.items()}) if len(o.path) > 2 else None
         if twin is not None:
             costs, quality = twin
-            found.setdefault((_ends(o)[:-1], o.path, o.cost, costs), []).append((o, beside[costs[0]].edges[0], o.quality - quality))
-    return [_pair(rows, costs) for (*_, costs), rows in found.items()]
+            rows = found.setdefault((_ends(o)[:-1], o.path, o.cost, costs), {})
+            rows.setdefault(o.seed, (o, beside[costs[0]].edges[0], o.quality - quality))
+    return [_pair([*rows.values()], costs) for (*_, costs), rows in found.items()]
 
 
 def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> TwinPair:
@@ -328,9 +330,9 @@ def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ..
     return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin, reported)
 
 
-def _ends(o: Observation) -> tuple[str, str, str, str, int]:
+def _ends(o: Observation) -> tuple[str | int, ...]:
     ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # two studies may use one name for students of different sizes
-    return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
+    return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.settings, o.seed
 
 
 def _twin(cost: float, directs: dict[float, float]) -> tuple[tuple[float, ...], float] | None:

@@ -26,7 +26,7 @@ from tadistill.metrics import MEAN, metric_of
 from tadistill.models.flops_and_memory import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
 from tadistill.statistics import ROUNDING, spread_claimed
-from tadistill.store import MANIFEST, Store
+from tadistill.store import MANIFEST, STAGE, Store, key_of
 from tadistill.text import counted, form, listed
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
@@ -142,6 +142,32 @@ def _load_manifest(store: Store, key: str) -> StageManifest:
         return StageManifest(float(content["seconds"]), versions, metered_flops, counts, early, notes, left_out)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
+
+
+_OF_PATH = ("seed", "teacher", "teacher_data", "assistants", "responses", "signal", "assistant_responses", "assistant_signals")
+_OF_COMPUTE = ("steps", "epochs", "warmup", "every")  # of a distillation
+
+
+def training_settings(store: Store, key: str) -> str:
+    """Return a digest of a distillation's settings, and of those of the trainings that made its student. Two distillations with equal
+    digests differ only in seeds, teachers, and numbers of updates, so they can be compared at equal compute."""
+    return key_of(_settings(store, key))
+
+
+def _settings(store: Store, key: str) -> dict[str, Any]:
+    stage = read_json(store.folder(key) / STAGE, fix=store.redo(key))
+    kept = {name: value for name, value in stage["spec"].items() if name not in _OF_PATH}
+    if stage.get("kind") != "sft":
+        for part in ("optim", "select"):
+            kept[part] = {name: value for name, value in kept.get(part, {}).items() if name not in _OF_COMPUTE}
+    return kept | {"student": _origin(store, kept.get("student"))}
+
+
+def _origin(store: Store, made: Any) -> Any:
+    if not isinstance(made, dict):
+        return made
+    found = {name: _origin(store, value) for name, value in made.items() if name != "seed"}
+    return found | {"stage": _settings(store, made["stage"])} if "stage" in made else found
 
 
 Rows = NDArray[np.int64]

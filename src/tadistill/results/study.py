@@ -16,7 +16,7 @@ from tadistill.disk import from_home, read_json
 from tadistill.errors import ConfigError, StoreError, did_you_mean
 from tadistill.metrics import declare
 from tadistill.runner.local import is_search, not_planned
-from tadistill.store import Store, command_for, named_runs, runs_directory, with_store
+from tadistill.store import Store, command_for, named_runs, plan_again, runs_directory, with_store
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
     path = study_dir / "plan.json"
     if not path.is_file():
         raise StoreError(f"{path} does not exist, so there is no study to report; start a study with `tadistill run RECIPE`")
-    content = read_json(path)
+    content = read_json(path, fix=plan_again(study_dir))
     try:
         plan = StudyPlan(
             study=content["study"],
@@ -244,7 +244,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
         for name in {name for arm in plan.arms for name in (*flat(arm.path), arm.model)}:
             plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); run `tadistill run RECIPE` to write it again") from error
+        raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); {plan_again(study_dir)}") from error
     return plan
 
 

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from dataclasses import replace
 
 import pytest
 
@@ -13,19 +14,29 @@ SIZES = {"xl": 1200, "l": 400, "s": 100}
 METHOD = "minillm (teacher_mixed)"
 
 
-def write(runs, study, arms, *, metric="rouge_l", values=None, unfinished=()):
-    """A study of arms (name, path, flops, compute) with seeds 1 and 2; an arm's dev value is values[arm] + seed."""
+def stage(runs, key, kind, spec):
+    folder = runs / "store" / key[:2] / key
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stage.json").write_text(json.dumps({"kind": kind, "spec": spec}))
+    return folder
+
+
+def write(runs, study, arms, *, metric="rouge_l", values=None, unfinished=(), seeds=(1, 2), lr=1e-3, sft_lr=1e-3):
+    """A study of arms (name, path, flops, compute); an arm's dev value is values[arm] + seed."""
     described = []
     for name, path, flops, compute in arms:
         final = {}
-        for seed in (1, 2):
-            key = f"{zlib.crc32(repr((name, path, flops, metric, seed)).encode()):016x}"
+        for seed in seeds:
+            start = f"{zlib.crc32(repr((seed, sft_lr)).encode()):016x}"
+            key = f"{zlib.crc32(repr((name, path, flops, metric, start, lr)).encode()):016x}"
             final[str(seed)] = key
             if (name, seed) in unfinished:
                 continue
-            folder = runs / "store" / key[:2] / key
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "stage.json").write_text(json.dumps({"spec": {"select": {"metric": metric}}}))
+            sft = {"seed": seed, "optim": {"lr": sft_lr, "steps": 9}, "student": {"load": "scratch:gpt2", "seed": seed}}
+            stage(runs, start, "sft", sft)
+            optim = {"lr": lr, "steps": flops, "warmup": flops, "epochs": None}
+            select, taught = {"metric": metric, "every": flops}, {"teacher": {"stage": path[0]}, "student": {"stage": start}}
+            folder = stage(runs, key, "distill", {"seed": seed, "optim": optim, "select": select, **taught})
             (folder / "manifest.json").write_text(json.dumps({"best_value": (values or {}).get(name, 20.0) + seed, "files": {}}))
         nothing = {"evaluate": {}, "analyse": {}, "also": {}, "published": None}
         described.append(
@@ -153,6 +164,33 @@ def test_fewer_seeds_in_the_last_command_lose_no_seed(tmp_path):
     assert pair.reported == pytest.approx(1.0, rel=0.01)
 
 
+@pytest.mark.parametrize("other", [{"lr": 0.03}, {"sft_lr": 0.03}])
+def test_chains_of_other_settings_are_compared_with_baselines_of_their_own(tmp_path, other):
+    """A chain was compared with the baseline of another learning rate, and both chains were one with six seeds."""
+    write(tmp_path, "one", ARMS, values={"takd": 24.0, "twin": 20.0})
+    set_aside(tmp_path, "one", "0a", "takd", 2.0)
+    write(tmp_path, "one", ARMS, values={"takd": 11.0, "twin": 10.0}, **other)
+    assert sorted((pair.seeds, pair.differences) for pair in pair_up(history(tmp_path).observations)) == [
+        ((1, 2), (1.0, 1.0)),
+        ((1, 2), (4.0, 4.0)),
+    ]
+
+
+def test_studies_with_equal_settings_are_compared_whatever_their_names_and_seeds(tmp_path):
+    write(tmp_path, "one", [ARMS[1], ARMS[3]], values={"twin": 20.0}, seeds=(1, 2, 3))
+    write(tmp_path, "two", [ARMS[1], ARMS[2]], values={"takd": 24.0}, seeds=(3, 2))
+    (pair,) = pair_up(history(tmp_path).observations)
+    assert (pair.seeds, pair.differences) == ((3, 2), (4.0, 4.0))
+
+
+def test_a_seed_counts_once_in_a_pair(tmp_path):
+    """For example if a new version of a kind of stage trains the same seeds again."""
+    write(tmp_path, "one", ARMS, values={"takd": 24.0})
+    found = history(tmp_path).observations
+    again = [replace(o, quality=o.quality + 1) for o in found]
+    assert pair_up([*found, *again]) == pair_up(found)
+
+
 def test_measures_of_other_models_with_the_same_names_are_not_used():
     (edge,) = path_edges(("xl", "l"), SIZES, {("xl", "l"): EdgeMeasures(reverse_kl=0.3, size_ratio=2.0)})
     assert edge.measures == EdgeMeasures(size_ratio=3.0)
@@ -196,4 +234,20 @@ def test_a_plan_whose_models_cannot_be_read_is_left_out(tmp_path):
     write(tmp_path, "one", ARMS)
     path = tmp_path / "one" / "plan.json"
     path.write_text(path.read_text().replace('"hub/xl"', "null"))
-    assert "one: the models in plan.json cannot be read" in history(tmp_path).left_out[0]
+    (said,) = history(tmp_path).left_out
+    assert said == f"the models in {path} cannot be read (1 problem); run `tadistill run RECIPE` to write it again"
+
+
+@pytest.mark.parametrize(("good", "bad"), [('"hub/xl"', "null"), ('"created"', '"x"'), ("{", "")])
+def test_an_earlier_plan_that_cannot_be_read_is_named_and_not_written_again(tmp_path, good, bad):
+    """The advice was to run the recipe, which writes only the last plan."""
+    write(tmp_path, "one", ARMS)
+    set_aside(tmp_path, "one", "0a", "takd", 1.0)
+    write(tmp_path, "one", ARMS)
+    earlier = tmp_path / "one" / "earlier" / "0a"
+    (earlier / "plan.json").write_text((earlier / "plan.json").read_text().replace(good, bad, 1))
+    found = history(tmp_path)
+    (said,) = found.left_out
+    assert str(earlier / "plan.json") in said
+    assert said.endswith(f"no command writes an earlier plan again, so restore this file, or delete {earlier}")
+    assert len(found.observations) == 6
