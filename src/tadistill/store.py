@@ -80,13 +80,14 @@ def plan_again(study: Path) -> str:
 
 
 def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Store"]:
-    """Return a study's folder and the store of its stages: the first of several stores that has a stage of the study, finished or not.
+    """Return a study's folder and the store of its stages: of several stores, the one that has the most of them, finished or not.
 
-    The stores are that beside the folder, that beside the folder to which a link leads, and that of the runs directory. If `runs` is given,
-    its store is the first. If none has a stage of the study, the store of `runs` is returned, else the first one that exists.
+    Studies share stages, so also the store of another study may have some. The stores are that beside the folder, that beside the folder to
+    which a link leads, and that of the runs directory. If `runs` is given, its store is the first. The first of equal stores is taken. If
+    none has a stage of the study, the store of `runs` is returned, else the first one that exists.
 
     Raises:
-        ConfigError: the store of `runs` has no stage of the study, but another one has.
+        ConfigError: another store has more of the study's stages than the store of `runs`.
     """
     root, place = runs_directory(runs), study if study.name not in ("", "..") else study.resolve()
     homes = ((folder, runs_of(folder)) for folder in (place, place.resolve()))
@@ -94,21 +95,23 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     at_root = next((pair for pair in beside if pair[1] == root), (place, root))
     keys = _named_keys(place) if any(home != root for _, home in beside) else set()
     pairs = [at_root, *beside] if runs else [*beside, at_root]
-    have = [pair for pair in pairs if any(store_of(pair[1]).folder(key).is_dir() for key in keys)]
-    exist = [] if runs or at_root in beside else [pair for pair in beside if store_of(pair[1]).root.is_dir()]
-    folder, home = [*have, *exist, at_root][0]
+    # os.path.isdir returns False for a folder without permission, unlike Path.is_dir
+    stages = [sum(os.path.isdir(store_of(home).folder(key)) for key in keys) for _, home in pairs]
+    exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
+    folder, home = pairs[stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
     if runs and home != root:
         raise ConfigError(
-            f"study {study} lies in the runs directory {home}, but {root} was given; leave out --runs (in Python `runs`), or give only the "
-            "name of a study"
+            f"study {study} lies in the runs directory {home}, which has more of its stages than {root}; leave out --runs (in Python "
+            "`runs`), or give only the name of a study"
         )
     return folder, store_of(home)
 
 
 def _named_keys(study: Path) -> set[str]:
     plan = study / "plan.json"
-    files = [plan] if plan.is_file() else [*study.glob("*.json"), *study.glob("*/*.json")]  # a search has no plan
-    return {key for path in files if os.access(path, os.R_OK) for key in re.findall(r"\b[0-9a-f]{16}\b", path.read_text(errors="ignore"))}
+    found = [plan] if plan.is_file() else [*study.glob("*.json"), *study.glob("*/*.json")]  # a search has no plan
+    files = [path for path in found if os.path.isfile(path) and os.access(path, os.R_OK)]
+    return {key for path in files for key in re.findall(r"\b[0-9a-f]{16}\b", path.read_text(errors="ignore"))}
 
 
 def command_for(verb: str, study: Path, *more: str, store: "Store | None" = None) -> str:

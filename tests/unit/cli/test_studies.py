@@ -1,6 +1,7 @@
 """Commands about a finished study."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -83,7 +84,10 @@ def test_a_study_is_read_with_the_store_beside_it(elsewhere):
 def test_a_study_in_another_runs_directory_than_the_given_one_is_refused(elsewhere, command):
     arguments = [command, str(elsewhere), *(["chain", "copy"] if command == "export" else []), "--runs", "runs"]
     done = tadistill(*arguments)
-    assert f"study {elsewhere} lies in the runs directory {elsewhere.parent}, but runs was given; leave out --runs" in done.err
+    assert (
+        f"study {elsewhere} lies in the runs directory {elsewhere.parent}, which has more of its stages than runs; leave out --runs"
+        in done.err
+    )
     assert done.code == 2
 
 
@@ -120,12 +124,14 @@ def test_where_a_study_is(tmp_path, monkeypatch):
     assert found("~/a/s") == (study, store)
 
 
-def placed(folder: Path, *homes: Path) -> Path:
-    """A study in `folder`, with one of its stages in the stores of `homes`."""
+def placed(folder: Path, *homes: Path, shared: Path | None = None) -> Path:
+    """A study in `folder`, with its stages in the stores of `homes`, and one of them, such as a teacher's training, in that of `shared`."""
     folder.mkdir(parents=True)
-    (folder / "plan.json").write_text(json.dumps({"stages": [{"key": key_of(folder.name)}]}))
-    for home in homes:
-        store_of(home).folder(key_of(folder.name)).mkdir(parents=True)
+    keys = [key_of([folder.name, number]) for number in range(3)]
+    (folder / "plan.json").write_text(json.dumps({"stages": [{"key": key} for key in keys]}))
+    for home, have in [*((home, keys) for home in homes), *([(shared, keys[:1])] if shared else [])]:
+        for key in have:
+            store_of(home).folder(key).mkdir(parents=True)
     return folder
 
 
@@ -139,11 +145,42 @@ def test_the_store_that_has_the_stages_of_a_study_is_read(tmp_path, monkeypatch)
     assert find_study("mine", None)[1].root.resolve() == find_study("mine", "runs")[1].root.resolve() == tmp_path / "w" / "runs" / "store"
     folder, store = find_study("s", None)
     assert (folder.resolve(), store.root) == (study, tmp_path / "a" / "store")
-    with pytest.raises(ConfigError, match=f"study runs/s lies in the runs directory {study.parent}, but runs was given; leave out --runs"):
+    with pytest.raises(
+        ConfigError, match=f"study runs/s lies in the runs directory {study.parent}, which has more of its stages than runs; leave"
+    ):
         find_study("s", "runs")
     assert find_study(str(mine), "../a")[1].root == Path("../a/store")
     shutil.rmtree("runs/store")
     assert find_study("mine", "../c")[1].root == Path("../c/store")  # no store has its stages
+
+
+def test_a_store_that_only_shares_a_stage_with_a_study_is_not_its_store(tmp_path, monkeypatch):
+    """Its finished report was replaced by one without most arms."""
+    study, copy = placed(tmp_path / "a" / "s", tmp_path / "a", shared=tmp_path / "runs"), tmp_path / "c" / "t"
+    placed(copy, tmp_path / "runs", shared=tmp_path / "c")
+    monkeypatch.chdir(tmp_path)
+    Path("runs/s").symlink_to(study)
+    assert find_study("s", None)[1].root.resolve() == tmp_path / "a" / "store"
+    assert find_study("c/t", None)[1].root == Path("runs/store")
+    with pytest.raises(ConfigError, match="which has more of its stages than runs; leave out --runs"):
+        find_study("s", "runs")
+
+
+def test_a_store_without_permission_has_no_stages(tmp_path, monkeypatch):
+    placed(tmp_path / "c" / "s", tmp_path / "runs", shared=tmp_path / "c")
+    (tmp_path / "c" / "looked" / "x.json").mkdir(parents=True)
+    (tmp_path / "c" / "looked" / "search.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    real = os.stat
+
+    def stat(path, *arguments, **options):
+        if "c/store/" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr("os.stat", stat)
+    assert find_study("c/s", None)[1].root == Path("runs/store")
+    assert find_study("c/looked", None, searches=True)[1].root == Path("c/store")
 
 
 def test_a_printed_command_finds_the_same_study_and_store(tmp_path, monkeypatch):
