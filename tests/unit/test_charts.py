@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tadistill.charts import COLOURS, Axis, Chart, Point, Strip, look, nice_span, script, style
+from tadistill.charts import COLOURS, Axis, Chart, Point, Strip, bar_texts, look, nice_span, script, style
 from tadistill.charts.axis import number_text
 from tadistill.charts.series import SHAPES, WIDTHS, Label, Mark, place_labels, spread, text_width
 
@@ -98,6 +98,32 @@ def test_labels_do_not_meet():
         assert all(left >= 0 and right <= width + 12 for left, _, right in boxes)
         for i, (left, y, right) in enumerate(boxes):
             assert not [1 for a, b, c in boxes[:i] if abs(b - y) < 14 and a < right and left < c]
+
+
+def test_a_page_shows_the_names_that_are_placed_for_a_plot_of_its_width():
+    """They were placed for 560 pixels, and shown from 410 on."""
+    shown = dict(re.findall(r"@container plot \(min-width: (\d+)px\) .*?\.chart \.at(\d+) \{ display: inline; \}", style()))
+    assert shown == {str(width): str(width) for width in WIDTHS}
+    assert [*shown] == sorted(shown, key=int)  # the last of the rules that apply wins
+    found = chart()
+    found.points("a", [Point(5, 2)], look(0), label="an arm")
+    places = parsed(found.html()).findall(".//g[@class]")
+    assert {place.get("class") for place in places} == {f"labels placed at{width}" for width in WIDTHS}
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (["KL(s ‖ l)", "l → xl", "KL(s ‖ xl)"], ["KL(s ‖ l)\na", "l → xl\nb", "KL(s ‖ xl)\nc"]),
+        (
+            ["KL(student ‖ assistant)", "assistant → xl", "KL(student ‖ xl)"],
+            ["KL(student\n‖ assistant)\na", "assistant\n→ xl\nb", "KL(student\n‖ xl)\nc"],
+        ),
+        (["KL(s ‖ l)", "l → smollm2-1.7b-instruct", "KL(s ‖ smollm2-1.7b-instruct)"], ["a", "b", "c"]),
+    ],
+)
+def test_texts_below_bars_fit_their_bars(names, texts):
+    assert bar_texts(names, ("a", "b", "c"), "‖→") == texts
 
 
 def test_labels_avoid_intervals_if_there_is_room_beside_them():

@@ -15,7 +15,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from tadistill.charts.axis import Axis, nice_span
 from tadistill.charts.chart import Chart, Point, Strip, embedded
-from tadistill.charts.series import COLOURS, GREY, PLAIN, Look, glyph, look
+from tadistill.charts.series import COLOURS, GREY, PLAIN, WIDTHS, Look, bar_texts, glyph, look
 from tadistill.text import visible_parts
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Look",
     "Point",
     "Strip",
+    "bar_texts",
     "embedded",
     "glyph",
     "html_templates",
@@ -51,7 +52,10 @@ def html_templates(*packages: str) -> Environment:
 
 def style() -> str:
     """Return the style sheet of charts. A page includes it once."""
-    return files(__name__).joinpath("charts.css").read_text(encoding="utf-8")
+    shown = "@container plot (min-width: {0}px) {{ .chart .placed {{ display: none; }} .chart .at{0} {{ display: inline; }} }}\n"
+    fits = "".join(shown.format(width) for width in sorted(WIDTHS))
+    smallest = f".chart .at{min(WIDTHS)} {{ display: inline; }}\n"
+    return files(__name__).joinpath("charts.css").read_text(encoding="utf-8") + smallest + fits
 
 
 def script() -> str:

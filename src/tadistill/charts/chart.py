@@ -258,8 +258,8 @@ class Chart:
         return "".join(parts)
 
     def _named(self) -> list[str]:
-        box = (self.head, self.head + self.height)
-        placed = {f"at{width}": place_labels(self._labels, width, box, self._points, self._across) for width in WIDTHS if self._labels}
+        box, marks = (self.head, self.head + self.height), (self._points, self._across)
+        placed = {f"placed at{width}": place_labels(self._labels, width, box, *marks) for width in WIDTHS if self._labels}
         placed |= {"ends": label_column(self._ends, box)} if self._ends else {}
         return [f'<g class="labels {kind}">{"".join(labels)}</g>' for kind, labels in placed.items()]
 

@@ -59,9 +59,9 @@
     const names = ["--ink", "--soft", "--line", "--page", "--guide", "--grid", "--band", "--better", "--worse", "--unclear", ...[...Array(12).keys()].map((i) => `--c${i}`)];
     const look = getComputedStyle(document.documentElement);
     const variables = names.map((name) => `${name}:${look.getPropertyValue(name)}`).join(";");
-    const copy = plot.cloneNode(true), other = box.width < 440 ? ".at560, .at960, .ends, .wide" : box.width < 940 ? ".at300, .at960" : ".at300, .at560";
-    copy.querySelectorAll(`.off, .cursor, ${other}`).forEach((node) => node.remove());
-    copy.querySelectorAll(".labels").forEach((node) => { node.style.display = "inline"; });
+    const copy = plot.cloneNode(true), fitting = ".labels, .wide, .slim", here = [...plot.querySelectorAll(fitting)];
+    copy.querySelectorAll(fitting).forEach((node, i) => getComputedStyle(here[i]).display === "none" ? node.remove() : (node.style.display = "inline"));
+    copy.querySelectorAll(".off, .cursor").forEach((node) => node.remove());
     copy.setAttribute("x", box.left - around.left + 8);
     copy.setAttribute("y", 8);
     copy.setAttribute("width", box.width);

@@ -3,6 +3,7 @@
 A series has the same look in all figures and tables of a page. No name covers another name or a point.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import hypot
@@ -66,8 +67,8 @@ def safe(text: str) -> Markup:
 # --- names of points and lines -------------------------------------------------------------------------------------------
 
 
-WIDTHS = (960, 560, 300)
-"""Widths of the plot, in pixels, for which labels are placed. The style sheet shows the placement that fits the page."""
+WIDTHS = (960, 560, 480, 400, 300)
+"""Widths of the plot, in pixels, for which labels are placed. A page shows the placement for the largest of them that its plot has."""
 _HIGH, _GAP = 15, 9  # pixels: the height of a line of text, and the gap between a point and its label
 _NEAR = 48  # pixels: a label moves up or down by at most this distance to avoid points and intervals
 
@@ -97,6 +98,20 @@ class Mark:
     top: float
     bottom: float
     name: str
+
+
+def bar_texts(names: Sequence[str], kinds: Sequence[str], breaks: str) -> list[str]:
+    """Return the texts below bars of the same width. Each has the bar's name and, in the next line, its kind.
+
+    If a name is too wide for its bar in the narrowest plot, a new line begins before each of the signs `breaks`. If that is not enough,
+    the texts have the kinds only.
+    """
+    room = min(WIDTHS) / len(names)
+    broken = [re.sub(rf" (?=[{breaks}])", "\n", name) for name in names]
+    for found in (names, broken):
+        if all(text_width(line) <= room for name in found for line in name.split("\n")):
+            return [f"{name}\n{kind}" for name, kind in zip(found, kinds, strict=True)]
+    return list(kinds)
 
 
 def place_labels(

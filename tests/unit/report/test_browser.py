@@ -9,7 +9,7 @@ import pytest
 from tadistill.report import write_report
 from tadistill.text import visible
 
-from .builder import NASTY, SMALL, ArmSpec, Study, StudySpec, build_study
+from .builder import NASTY, PARAMETERS, SMALL, ArmSpec, Study, StudySpec, build_study
 
 SIZES = ((1280, 800), (1920, 1080), (390, 844))
 TWELVE = [
@@ -174,6 +174,26 @@ def test_tables_are_sorted_and_filtered(browser, twelve):
     opened.assert_quiet()
 
 
+def test_texts_of_figures_are_whole_and_apart(browser, tmp_path, monkeypatch):
+    """A long name of an arm was cut at its left, and the texts below the bars of an error budget covered each other."""
+    for name in (path := ("qwen3-4b-it", "qwen3-1.7b", "qwen3-0.6b")):
+        monkeypatch.setitem(PARAMETERS, name, 10**8)
+    teacher, long = path[0], "distilled-through-the-largest-assistant-with-its-own-answers-and-a-low-rate"
+    arms = [ArmSpec("direct", (teacher, path[-1])), ArmSpec(long, path, gain=2, flops=7e17)]
+    spec = StudySpec([*arms, ArmSpec("twin", (teacher, path[-1]), compute=f"as {long}")], sets={"dolly": 9}, fact_sets=(), teacher=teacher)
+    opened = Opened(browser, write_report(build_study(tmp_path, spec).read()))
+    opened.unfold()
+    boxes = "((at) => [...document.querySelectorAll(at)].map((e) => e.getBoundingClientRect()).filter((b) => b.width))"
+    for width in (390, 1024, 1600):
+        opened.resize((width, 900))
+        lefts = opened.page.evaluate(f"{boxes}('#first-figure, #first-figure .label').map((b) => b.left)")
+        assert lefts[0] == min(lefts)
+        ticks = opened.page.evaluate(f"{boxes}('#budget .tick[text-anchor=middle]').map((b) => [b.left, b.right])")
+        assert len(ticks) == 3
+        assert all(right < left for (_, right), (left, _) in pairwise(ticks))
+    opened.assert_quiet()
+
+
 def test_figures_are_saved(browser, shared):
     opened = Opened(browser, write_report(shared.results))
     page, saved = opened.page, {}
@@ -185,7 +205,7 @@ def test_figures_are_saved(browser, shared):
         saved[kind] = Path(download.value.path()).read_bytes()
     assert saved["png"].startswith(b"\x89PNG")
     assert len(saved["png"]) > 5000
-    assert b"direct-long" in saved["svg"]
+    assert saved["svg"].count(b">direct-long</text>") == 1  # in the one placement of names that is shown
     assert b"var(--c" in saved["svg"]
     assert b"--c1:" in saved["svg"]
     lines = saved["csv"].decode().splitlines()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from tadistill.charts import COLOURS, GREY, PLAIN, Axis, Chart, Look
+from tadistill.charts import COLOURS, GREY, PLAIN, Axis, Chart, Look, bar_texts
 from tadistill.charts.series import DASHES
 from tadistill.config.arm import flat, members
 from tadistill.metrics import metric_title
@@ -329,7 +329,7 @@ def budget_figures(results: Results) -> Mapping[str, Chart]:
 
 def _waterfall(results: Results, budget: Budget, index: int, y: Axis) -> Chart:
     bars = budget.bars
-    names = [f"{name}\n{'last step' if i == 0 else 'in all' if i == len(bars) - 1 else 'step'}" for i, (name, *_) in enumerate(bars)]
+    names = bar_texts([name for name, *_ in bars], ("last step", *["step"] * (len(bars) - 2), "in all"), breaks="‖→")
     x = Axis(-0.55, len(bars) - 0.45, marks={float(i): name for i, name in enumerate(names)}, grid=False)
     summary = f"Error budget of {budget.arm.name}: " + "; ".join(f"{name} {summary_text(term, 'reverse_kl')}" for name, term, _ in bars)
     chart, name = Chart(f"figure-budget-{index}", summary, x, y, height=250, head=24), budget.arm.name
