@@ -33,7 +33,8 @@ def judge(
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.
-        JudgeFailed: the endpoint stopped answering. All replies are saved, and the same command continues with the other questions.
+        JudgeFailed: the endpoint stopped answering, or refuses all questions. All replies are saved, and the same command continues with
+            the other questions.
     """
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
@@ -58,7 +59,11 @@ def judge(
     rows = summarise(answers, questions, verdicts, mode=mode, against=against)
     more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": settings.temperature}
     more["evaluations"] = answers.evaluations
-    more |= {"unparsed": len(verdicts.unparsed), "missing": len(verdicts.refused), "unfinished": list(answers.unfinished)}
+    more |= {
+        "unparsed": len(verdicts.unparsed),
+        "missing": len(verdicts.refused) + len(verdicts.unasked),
+        "unfinished": list(answers.unfinished),
+    }
     write_summary(path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command, **more)
     _conclude(console, verdicts, plan)
     if rows:
@@ -127,6 +132,11 @@ def _conclude(console: Terminal, verdicts: Verdicts, plan: RequestEstimate) -> N
         console.say(
             f"the endpoint refused {len(verdicts.refused)} of {counted(plan.questions, 'question')} ({reason}); these questions are left "
             "out"
+        )
+    if verdicts.unasked:
+        console.say(
+            f"{counted(len(verdicts.unasked), 'question was', 'questions were')} not asked, because the endpoint refused too many prompts "
+            "in a row; run the same command to ask the missing questions again"
         )
 
 

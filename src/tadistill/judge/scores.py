@@ -33,10 +33,9 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-# After refusals for so many prompts in a row, the run assumes that the endpoint refuses everything:
-_REFUSALS = 3  # if it has never answered
-_MORE_REFUSALS = 20  # if it has answered before, in this run or an earlier one
-_SHARE_REFUSED = 0.25  # and at least this share of the prompts that it has answered: filtered prompts of a finished run are asked again
+# After refusals for so many prompts in a row, no more questions are asked:
+_REFUSALS = 3  # if the endpoint has never answered
+_MORE_REFUSALS = 20  # if it has, and at least the number of answered prompts: the filtered prompts of a finished run are asked again
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
 Scores = tuple[float, float]
@@ -78,6 +77,8 @@ class Verdicts:
     unparsed: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     """Maps the text of a question to the reason why the endpoint refused it."""
+    unasked: set[str] = field(default_factory=set)
+    """The texts of the questions that were not asked, because the endpoint refused too many prompts in a row."""
 
 
 def question_key(settings: Judge, text: str) -> str:
@@ -117,7 +118,8 @@ def ask_all(
         tick: called once for each distinct question, after it is answered or refused.
 
     Raises:
-        JudgeFailed: the endpoint stopped answering. The replies to all requests that were sent are awaited and saved first.
+        JudgeFailed: the endpoint failed, or it refused questions and answered none. The replies to all requests that were sent are awaited
+            and saved first.
     """
     texts = {question.text: (question.set, question.index) for question in questions}
     run = _Run(settings, cache, ask, tick, texts)
@@ -126,11 +128,13 @@ def ask_all(
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error
     if run.verdicts.refused and not run.answered:
-        run.refuses_all(next(iter(run.verdicts.refused.values())))
+        run.fail(f"it has refused all questions so far, because {next(iter(run.verdicts.refused.values()))}")
     if run.failure:
         done = sum(_settled(text, settings, cache) for text in texts)
         raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(texts)))
-    return run.verdicts
+    found = run.verdicts
+    found.unasked.update(texts.keys() - found.scores.keys() - found.unparsed - found.refused.keys())
+    return found
 
 
 def stopped(reason: str, done: int, total: int) -> str:
@@ -188,20 +192,14 @@ class _Run:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
                 self.refused.add(self.prompts[text])  # a prompt that is filtered or too long has a question for each arm and order
-                most = max(_MORE_REFUSALS, _SHARE_REFUSED * len(self.answered)) if self.answered else _REFUSALS
-                if len(self.refused) < most:
-                    return None
-            self.refuses_all(str(error))
-            raise Unavailable(str(error)) from error
+                if len(self.refused) >= (max(_MORE_REFUSALS, len(self.answered)) if self.answered else _REFUSALS):
+                    self.stop.set()
+            return None
         except Unavailable as error:
-            self._fail(str(error))
+            self.fail(str(error))
             raise
 
-    def refuses_all(self, why: str) -> None:
-        what = f"questions about {counted(len(self.refused), 'prompt')} in a row" if self.answered else "all questions so far"
-        self._fail(f"it has refused {what}, because {why}")
-
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         with self.lock:
             self.failure = self.failure or reason
         self.stop.set()

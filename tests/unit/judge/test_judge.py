@@ -260,14 +260,15 @@ class Memory(dict):
         (300, 1, range(1, 300), 1 + 2 * 19 + 1),  # the second question of the first prompt, and the first one of the 20th that is refused
         (300, 0, range(10, 300), 2 * 10 + 2 * 19 + 1),
         (300, 0, range(300), 2 * 2 + 1),
-        (300, 200, range(100, 300), 100 + 50),
+        (300, 80, range(60, 300), 60 + 20 + 2 * 59 + 1),  # as many prompts as were answered
         (60, 1, range(0, 60, 2), 0),
+        (100, 60, range(60, 100), 0),
         (120, 98, range(98, 120), 0),
         (40, 0, range(2), 0),
     ],
 )
-def test_an_endpoint_that_begins_to_refuse_everything_ends_the_run(prompts, saved, refused, requests):
-    """Filtered prompts do not, also if a finished run is repeated. `requests` is 0 if the run does not end early."""
+def test_an_endpoint_that_begins_to_refuse_everything_is_asked_no_more(prompts, saved, refused, requests):
+    """It is after filtered prompts, also if a finished run is repeated. `requests` is 0 if all questions are asked."""
     settings, sent = Judge(model="j", base_url="http://j", jobs=1), []
     cache = Memory({question_key(settings, f"{i} 0"): Reply("8 5", 1, 1) for i in range(saved)})
 
@@ -278,12 +279,31 @@ def test_an_endpoint_that_begins_to_refuse_everything_ends_the_run(prompts, save
         return Reply("8 5", 1, 1)
 
     questions = [Question("dolly", i, 0, "a", "b", f"{i} {order}") for i in range(prompts) for order in (0, 1)]
-    if not requests:
-        assert len(ask_all(questions, settings, cache, answer).refused) == len(set(refused)) * 2 - sum(i < saved for i in refused)
-        return
-    with pytest.raises(JudgeFailed, match="it has refused "):
-        ask_all(questions, settings, cache, answer)
-    assert len(sent) == requests
+    if len(refused) == prompts:
+        with pytest.raises(JudgeFailed, match="it has refused all questions so far"):
+            ask_all(questions, settings, cache, answer)
+    else:
+        found = ask_all(questions, settings, cache, answer)
+        left = len(set(refused)) * 2 - sum(i < saved for i in refused)
+        assert (len(found.refused) + len(found.unasked), bool(found.unasked)) == (left, bool(requests))
+        assert len(found.scores) == len(questions) - left
+    assert len(sent) == requests or not requests
+
+
+def test_a_set_that_the_endpoint_refuses_keeps_no_summary_from_being_written(judged):
+    """All its prompts may be too long for the judge. The command failed, however often it was repeated."""
+    with serve(lambda number, text: error(400, "too long") if "facts" in text else honest(number, text)) as fake:
+        alone = judged(fake.url, sets=["dolly"], jobs=1)
+        for _ in range(2):
+            both = judged(fake.url, jobs=1)
+            assert (both["rows"], both["missing"]) == (alone["rows"], 24)
+
+
+def test_questions_that_were_not_asked_are_counted(judged, monkeypatch):
+    monkeypatch.setattr("tadistill.judge.scores._MORE_REFUSALS", 2)
+    with serve(lambda number, text: error(400, "filtered") if number > 3 else honest(number, text)) as fake:
+        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 12
+    assert "7 questions were not asked, because the endpoint refused too many prompts in a row" in " ".join(judged.said.split())
 
 
 def test_newer_name_of_the_token_limit(judged):
