@@ -1,10 +1,10 @@
 """tadistill: white-box distillation of language models through teacher assistants.
 
-    study = tadistill.run("quickstart")                          # run a study; a notebook shows its table
-    tadistill.plan("quickstart")                                 # what it would do, and what that costs
-    model, tokenizer = tadistill.load_student(study, "takd")     # a trained student
-    tadistill.evaluate(model, tokenizer, on=["dolly"])           # a loaded model on test sets
-    tadistill.compare(["gpt2", "gpt2-medium"], on="dolly")       # models side by side
+    study = tadistill.run("quickstart")                                     # run a study; a notebook shows its table
+    tadistill.plan("quickstart")                                            # what it would do, and what that costs
+    model, tokenizer = tadistill.load_student(study, "assistant-starts")    # a trained student
+    tadistill.evaluate(model, tokenizer, on=["dolly"])                      # a loaded model on test sets
+    tadistill.compare(["gpt2", "gpt2-medium"], on="dolly")                  # models side by side
     tadistill.objectives.reverse_kl(student_logits, teacher_logits)
 
 Submodules are imported on first use, so `import tadistill` does not load torch.

@@ -2,7 +2,7 @@
 
 study = tadistill.run("quickstart", ["seeds=[10]"])     # a notebook shows its table; study.page is the report
 study.rows                                              # every number, as in results.json
-model, tokenizer = tadistill.load_student(study, "takd")
+model, tokenizer = tadistill.load_student(study, "assistant-starts")
 """
 
 import io
@@ -189,7 +189,7 @@ def compare(
     where = ["--runs", str(runs)] if runs else []
     command = ["tadistill", "compare", *sources, "--on", ",".join(sets), "--seeds", ",".join(map(str, numbers)), *chosen, *where]
     root = runs_directory(runs)
-    loaded = parse(text, overrides, source="tadistill.compare")
+    loaded = parse(yaml.safe_load(text), overrides, source="tadistill.compare")  # as data: messages name no line of this text
     return _reported(run_study(loaded, runs=root, recipe_text=text, command=shlex.join(command)), root)
 
 

@@ -6,9 +6,11 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tadistill.config.reference import _TITLES, reference
 
@@ -32,6 +34,25 @@ def test_files_that_a_text_names_exist():
         if wrong := sorted(name for name in named if not (ROOT / name).exists() and Path(name).name not in GENERATED):
             missing[str(path.relative_to(ROOT))] = wrong
     assert not missing
+
+
+def test_examples_of_python_load_arms_of_the_quickstart():
+    arms = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))["arms"]
+    places = [*(ROOT / "src" / "tadistill" / name for name in ("__init__.py", "api.py")), ROOT / "docs" / "reference" / "python.md"]
+    named = [re.findall(r'load_student\(study, "(.+?)"\)', path.read_text(encoding="utf-8")) for path in places]
+    assert all(len(found) == 1 and found[0] in arms for found in named)
+
+
+@pytest.mark.parametrize("prompts", [2, 3])
+def test_the_script_that_splits_a_file_writes_no_empty_part(tmp_path, monkeypatch, prompts):
+    """With two prompts, the training set was empty. A byte order mark, which data files may have, ended the script."""
+    monkeypatch.chdir(tmp_path)
+    Path("all.jsonl").write_text("".join(f'{{"instruction": "{i}", "output": "a"}}\n' for i in range(prompts)), encoding="utf-8-sig")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/how-to/own-data.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    with pytest.raises(SystemExit, match="fewer than three different prompts") if prompts < 3 else nullcontext():
+        exec(script, {})
+    assert len({*Path("parts").glob("*.jsonl")}) == (3 if prompts == 3 else 0)
+    assert all(part.read_text("utf-8").count("\n") == 1 for part in Path("parts").glob("*.jsonl"))
 
 
 def test_messages_name_pages_by_their_titles():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+import yaml
 
 from tadistill.cli.shared import (
     Log,
@@ -217,7 +218,8 @@ def _evaluate(
     verb = ["tadistill", "eval" if len(models) == 1 else "compare", *models]
     what = [*(["--on", on] if on else []), *(["--harness", "lm-eval", "--tasks", tasks] if tasks else [])]
     command = shlex.join([*verb, *what, "--seeds", seeds, *chosen, *runs_option(runs)])
-    return run_and_report(parse(text, settings or [], source=" ".join(verb[:2])), text, command, runs_directory(runs), terminal)
+    loaded = parse(yaml.safe_load(text), settings or [], source=" ".join(verb[:2]))  # as data: messages name no line of this text
+    return run_and_report(loaded, text, command, runs_directory(runs), terminal)
 
 
 def _sets(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from tests.e2e.inprocess import tadistill
 from tests.unit.report.builder import SMALL, StudySpec, build_study
 from tests.unit.runner.small import small
 
+from tadistill.api import compare
 from tadistill.config import parse
 from tadistill.errors import ConfigError
 from tadistill.metrics import METRICS
@@ -228,6 +230,14 @@ def test_a_search_given_as_a_dot_is_named(tmp_path, monkeypatch):
 def test_seeds_that_are_no_numbers(seeds):
     done = tadistill("eval", "gpt2", "--on", "dolly", "--seeds", seeds)
     assert (done.code, f"--seeds is `{seeds}`; give whole numbers separated by commas" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("models", [["gpt2"], ["gpt2", "gpt2-medium"]])
+def test_no_message_names_a_line_of_a_recipe_that_the_user_did_not_write(models):
+    done = tadistill("compare" if len(models) > 1 else "eval", *models, "--on", "dolly", "--seeds", "9" * 20)
+    assert re.match(r"error: tadistill (eval|compare): `evaluate.seeds`: the largest whole number is ", done.err)
+    with pytest.raises(ConfigError, match=r"^tadistill.compare: `evaluate.seeds`: "):
+        compare(["gpt2", "gpt2-medium"], seeds=[10**20])
 
 
 def test_a_copy_can_go_to_the_home_folder(tmp_path, monkeypatch):
