@@ -123,9 +123,9 @@ def split_prompt(text: str) -> tuple[str, str]:
 
 
 def in_alpaca(prompt: str, row: str) -> bool:
-    """Return True if a prompt is the text of a row in the Alpaca template.
+    """Return True if a prompt is the text of a row in the Alpaca template. Both are as the tokenizer gives them back.
 
-    The tokenizer may have changed the prompt's letters, and may have lost words and spaces of the template, but not all of its words.
+    The tokenizer may have changed letters, and may have lost words of the row and some words and spaces of the template.
     """
     added = Counter(_letters(prompt)) - Counter(_letters(row))
     return added.total() >= _FEWEST_LETTERS or split_prompt(prompt) != (prompt.strip(), "")

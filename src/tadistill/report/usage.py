@@ -59,10 +59,21 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
         return "chat"
     prompt = row["prompt"]
     asked = row.get("instruction", prompt) + row.get("input", "")
-    written = in_alpaca(prompt, asked) if template == "alpaca" else prompt.endswith("\n")
+    written = in_alpaca(prompt, _given_back(asked, folder)) if template == "alpaca" else prompt.endswith("\n")
     if written or not prompt:
         return template
     return "chat" if "instruction" not in row and tokens.read(folder, folder).template else "verbatim"
+
+
+def _given_back(text: str, folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return text
+    from tokenizers import Tokenizer  # imported here because only a model card needs it
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    return tokenizer.decode(tokenizer.encode(text).ids)
 
 
 def _data(results: Results) -> dict[str, Any]:

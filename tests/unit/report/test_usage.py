@@ -2,11 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tests.byte_models import CHATML, byte_model, byte_tokenizer, save
 
+from tadistill.data import tinyworld
 from tadistill.data.prompts import render
 from tadistill.data.rows import Example
 from tadistill.report.model_card import export
@@ -87,14 +89,29 @@ def test_the_program_of_a_card_runs_on_the_prompts_of_the_training(tmp_path, cap
     ],
 )
 def test_the_format_is_told_from_the_row_though_the_tokenizer_changes_texts(tmp_path, prompt, row, template, chats, format_):
+    save(tmp_path / "model", byte_model(), byte_tokenizer(CHATML if chats else None))
+    assert told(tmp_path, prompt, row, template) == format_
+
+
+@pytest.mark.parametrize("asked", ["Where does Ada live?", "Describe the structure of a healthy habitat, and that of a theatre.", "zzz"])
+def test_the_format_is_told_though_the_tokenizer_does_not_know_words_of_the_row(tmp_path, asked):
+    tokenizer = tinyworld.tokenizer(people=12)
+    tokenizer.save_pretrained(tmp_path / "model")
+    for written, verbatim in (("alpaca", False), ("verbatim", True)):
+        ids = tokenizer.encode(render(Example(asked, "", ("",), verbatim=verbatim), "alpaca", tokenizer))
+        prompt = tokenizer.decode(ids, skip_special_tokens=True) or "that"
+        assert told(tmp_path / written, prompt, {"instruction": asked, "input": ""}, "alpaca", model=tmp_path / "model") == written
+
+
+def told(tmp_path, prompt: str, row: dict, template: str, model: Path | None = None) -> str:
+    """The format of prompts that a study tells from its predictions."""
     study = build_study(tmp_path, StudySpec([ArmSpec("one", ("xl", "s"))], (10,), {"dolly": 2}, (), 1, also={}, template=template))
     key = study.results.arm("one").evaluate[10]
     path = study.store_dir / key[:2] / key / "predictions.jsonl"
     rows = [json.loads(line) | {"prompt": prompt} | row for line in path.read_text().split("\n") if line]
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
-    save(tmp_path / "model", byte_model(), byte_tokenizer(CHATML if chats else None))
     results = study.read()
-    assert prompt_format(results, results.arm("one"), tmp_path / "model") == format_
+    return prompt_format(results, results.arm("one"), model or tmp_path / "model")
 
 
 def test_the_program_decodes_as_the_study_did(tmp_path):
