@@ -104,6 +104,7 @@ def test_a_finished_chain_beside_its_twin_is_history(advised, tmp_path):
         (["search={teacher: xl, assistants: [l], student: s, budget: 0.1}"], "costs 1.00"),
         (["--prompts", "1"], "--prompts is 1"),
         (["data.dev=nowhere.jsonl"], "nowhere.jsonl"),
+        (["arms.odd={path: xl > s, dense: {}}"], "arms.odd has `dense`"),
         (["models.n={load: ./nowhere}", "search={teacher: xl, assistants: [n], student: s}"], "does not exist"),
     ],
 )

@@ -6,8 +6,8 @@ kept on disk, so a second call does not repeat them.
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,27 @@ from tadistill.advise.measures import (
     Ladder,
     Measures,
     PathCost,
+    chain_settings,
     costs,
+    edge_measures,
     ladder,
     probe_plan,
     read_measures,
     twin_name,
     with_search,
+    with_seeds,
 )
 from tadistill.advise.page import render_advice
 from tadistill.advise.words import Report
-from tadistill.config import Recipe, load
+from tadistill.config import Recipe
 from tadistill.config.arm import path_text
+from tadistill.config.load import parse, read
 from tadistill.config.recipe_files import placed
 from tadistill.disk import finite, write_json, write_text
+from tadistill.errors import TadistillError
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.plan.arms import Plan, ProbePlan, make_plan
+from tadistill.plan.graph import Stage
 from tadistill.results.number_text import TIMES, parameters_text
 from tadistill.runner.run_study import fetch_models, method_text
 from tadistill.runner.schedule import check_first, run_stages
@@ -78,23 +84,23 @@ def advise_recipe(
         ConfigError, DataError, ModelError: the input is wrong (raised before any work).
         StageFailed: a measurement failed. Finished measurements are kept.
     """
+    planned = _planner(source, overrides)
     fetch_models(recipe, console)
-    recipe = with_search(recipe)
-    found = ladder(recipe)
-    limited, priced = costs(recipe)
-    probes = probe_plan(limited, found, prompts)
-    store = store_of(runs)
-    _run(limited, probes, store, console)
+    with console.working("planning the paths"):
+        own = make_plan(recipe)  # a mistake in the recipe's own arms ends the command before any work
+        found = ladder(recipe := with_search(recipe))
+        paths, priced = costs(recipe)
+        probes = probe_plan(paths.recipe, found, prompts)
+    _run(paths, probes, store := store_of(runs), console)
     measures = read_measures(probes, store, found)
     study = runs / recipe.study
-    repeated = [*overrides, *options]
-    command = shlex.join(["tadistill", "advise", source, *repeated])
+    command = shlex.join(["tadistill", "advise", source, *(repeated := [*overrides, *options])])
     known = edge_measures(measures)
     record = measured(recipe.study, command, measures, known) | {"stages": list(probes.plan.stages)}
     write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
     past = history(runs)
-    commands = Commands(recipe, source, overrides, store, past, priced[found.teacher, found.student].flops)
-    advice, metric = _advice(limited, found, priced, known, commands)
+    commands = Commands(recipe, planned, store, past, priced[found.teacher, found.student].flops)
+    advice, metric = _advice(paths, found, priced, known, commands)
     report = Report(
         study=recipe.study,
         command=command,
@@ -109,9 +115,10 @@ def advise_recipe(
         rules=words.rules(measures, found, recipe.search.max_assistants if recipe.search else None),
         history=past,
         advice=advice,
-        steps=words.steps(recipe, source, repeated, advice, priced, commands.cost, _finished(limited, store)),
+        steps=words.steps(recipe, source, repeated, advice, priced, commands.cost, _finished(paths, store)),
         notes=words.notes(recipe, list(priced), measures, advice, past, metric, prompts),
     )
+    report = replace(report, notes=(*report.notes, *words.command_notes(list(commands.refused), commands.unpriced(own))))
     write_json(study / MEASURES, record | decided(report))
     page = study / "advice.html"
     write_text(page, render_advice(report))
@@ -121,21 +128,25 @@ def advise_recipe(
     return page
 
 
-def _run(recipe: Recipe, probes: ProbePlan, store: Store, console: Terminal) -> None:
+def _planner(source: str, overrides: Sequence[str]) -> Callable[[Sequence[str]], Plan]:
+    text, folder = read(source)  # now, because measuring may take hours
+    return lambda settings: make_plan(parse(text, [*overrides, *settings], source=source, folder=folder))
+
+
+def _run(paths: Plan, probes: ProbePlan, store: Store, console: Terminal) -> None:
     missing = [s for s in probes.plan.stages.values() if not store.finished(s.key)]
     if not missing:
         return
-    jobs = check_first(make_plan(recipe), store, console, missing)
+    jobs = check_first(paths, store, console, missing)
     console.note(
-        f"{recipe.study}: {counted(len(probes.plan.stages), 'stage measures', 'stages measure')} models; "
+        f"{paths.recipe.study}: {counted(len(probes.plan.stages), 'stage measures', 'stages measure')} models; "
         f"{counted(len(missing), 'of them still has', 'of them still have')} to run, {jobs} at a time"
     )
     run_stages(probes.plan, store, jobs=jobs, console=console)
 
 
-def _finished(recipe: Recipe, store: Store) -> set[str]:
+def _finished(plan: Plan, store: Store) -> set[str]:
     """Return the names of the arms whose stages are all in the store."""
-    plan = make_plan(recipe)
     missing = {name for stage in plan.stages.values() if not store.finished(stage.key) for name in stage.arms}
     return {arm.name for arm in plan.arms} - missing
 
@@ -145,68 +156,73 @@ class Commands:
     """Plans the commands that advice may propose, to know what they cost and which of their seeds are new."""
 
     recipe: Recipe
-    source: str
-    overrides: Sequence[str]
+    plan: Callable[[Sequence[str]], Plan]
+    """Plans the recipe with some KEY=VALUE arguments."""
     store: Store
     past: History
     direct: float
     """Training FLOPs of the direct path for one seed."""
+    refused: dict[str, None] = field(default_factory=dict)
+    """The errors of commands that cannot be planned, for example because an arm of the recipe may stop early."""
 
-    def cost(self, settings: Sequence[str]) -> float:
-        """Return the cost (`Experiment.cost`) of the recipe with some KEY=VALUE arguments."""
-        return self._cost(self._plan(settings))
+    def cost(self, settings: Sequence[str]) -> float | None:
+        """Return the cost (`Experiment.cost`) of the recipe with some KEY=VALUE arguments. None if it is refused."""
+        plan = self._plan(settings)
+        return self._cost(plan) if plan else None
 
-    def work(self, chain: Candidate) -> Work:
-        """Return the seeds and the cost of the experiment that compares a chain with direct at equal compute."""
+    def work(self, chain: Candidate) -> Work | None:
+        """Return the seeds and the cost of the experiment that compares a chain with direct at equal compute. None if it is refused."""
         seeds = SEEDS
-        while True:
-            plan = self._plan(words.experiment_settings(self.recipe, chain.path, seeds))
+        while plan := self._plan(with_seeds(self.recipe, chain_settings(self.recipe, chain.path), seeds)):
             arms = {arm.name: arm.final for arm in plan.arms}
             pairs = [{arms[name][seed] for name in (path_name(chain.path), twin_name(chain.path))} for seed in plan.recipe.seeds]
-            if new := sum(not pair <= self.past.stages for pair in pairs):
+            new = sum(not pair <= self.past.stages for pair in pairs)
+            if new >= SEEDS:
                 return Work(seeds, new, self._cost(plan))
-            seeds += SEEDS
+            seeds += SEEDS - new
+        return None
 
-    def _plan(self, settings: Sequence[str]) -> Plan:
-        return make_plan(load(self.source, [*self.overrides, *settings]))
+    def unpriced(self, plan: Plan) -> list[str]:
+        """Return the arms of a plan with unfinished stages whose training FLOPs are not known."""
+        unknown = {name for stage in self._todo(plan) if stage.flops is None for name in stage.arms}
+        return [arm.name for arm in plan.arms if arm.name in unknown]
+
+    def _plan(self, settings: Sequence[str]) -> Plan | None:
+        try:
+            return self.plan(settings)
+        except TadistillError as error:
+            self.refused[str(error)] = None
+            return None
 
     def _cost(self, plan: Plan) -> float:
-        todo = (s.flops for s in plan.stages.values() if not s.spec.measures and not self.store.finished(s.key))
-        return math.fsum(flops or 0.0 for flops in todo) / self.direct
+        return math.fsum(stage.flops or 0.0 for stage in self._todo(plan)) / self.direct
+
+    def _todo(self, plan: Plan) -> list[Stage]:
+        return [s for s in plan.stages.values() if not s.spec.measures and not self.store.finished(s.key)]
 
 
 def _advice(
-    recipe: Recipe,
+    paths: Plan,
     found: Ladder,
     priced: dict[tuple[str, ...], PathCost],
     known: Mapping[tuple[str, str], EdgeMeasures],
     commands: Commands,
 ) -> tuple[Advice, str]:
-    direct = (found.teacher, found.student)
-    arm = next(a for a in make_plan(recipe).arms if a.name in {path_name(path) for path in priced})
+    recipe, direct = paths.recipe, (found.teacher, found.student)
+    arm = next(a for a in paths.arms if a.name in {path_name(path) for path in priced})
     metric = arm.method.select.metric
     source = " + ".join(ref.load for ref in recipe.data.sets.values())
     family = family_of(recipe.models, found.sizes, found.teacher, source, method_text(arm))
     used = () if metric in NOT_COMPARABLE else commands.past.on(metric)
     chains = [Candidate(path, cost.multiple, path_edges(path, found.sizes, known)) for path, cost in priced.items() if len(path) > 2]
     candidates = [Candidate(direct, 1.0, path_edges(direct, found.sizes, known)), *chains]
-    return advise(candidates, used, margin=margin_on(recipe, metric), family=family, work=commands.work), metric
+    work = (lambda chain: None) if metric in NOT_COMPARABLE else commands.work  # no result of it would count
+    return advise(candidates, used, margin=margin_on(recipe, metric), family=family, work=work), metric
 
 
 def margin_on(recipe: Recipe, metric: str) -> float:
     """Convert the recipe's margin (the smallest difference that matters) from points of a score from 0 to 100 to the unit of `metric`."""
     return recipe.margin * (NATS_PER_POINT if metric == "loss" else 1)
-
-
-def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
-    """Return the mean of each measure for each pair (teacher, learner). A loss ratio becomes None if it is infinite or not above 0."""
-    found: dict[tuple[str, str], EdgeMeasures] = {}
-    for names, pair in measures.pairs.items():
-        means = {field.name: getattr(pair, field.name).mean for field in fields(EdgeMeasures) if field.name != "size_ratio"}
-        if not 0 < means["loss_ratio"] < float("inf"):
-            means["loss_ratio"] = None
-        found[names] = EdgeMeasures(size_ratio=pair.size_ratio, **means)
-    return found
 
 
 # --- advice.json
@@ -261,7 +277,7 @@ def print_advice(report: Report, console: Console) -> None:
     console.print(_paths(report))
     for step in report.steps:
         gain = "" if step.gain is None else f". {words.gain_text(step.gain, report)}"
-        cost = f": costs as much compute as {step.cost:.1f} direct runs of one seed{gain}" if step.command else ""
+        cost = f": {words.cost_text(step.cost)}{gain}" if step.command else ""
         console.print(Text(f"{step.text}{cost}"))
         if step.command:
             console.print(Text(step.command, style="cyan"), soft_wrap=True)

@@ -15,9 +15,11 @@ from tadistill.metrics import higher_is_better, metric_title, metric_unit
 from tadistill.search.strategies import size_law
 
 SEEDS = 3
-"""Number of training seeds of a proposed experiment. If history has all of them, it has as many more."""
+"""Number of new training seeds of a proposed experiment. Seeds that history has already come on top."""
 PROPOSED = 3
 """Largest number of proposed experiments."""
+CONSIDERED = 12
+"""Largest number of experiments whose work is computed, because each of them is planned."""
 
 Verdict = Literal["direct", "chain", "inconclusive"]
 
@@ -133,7 +135,7 @@ def advise(
     margin: float,
     level: float = 0.95,
     family: str | None = None,
-    work: Callable[[Candidate], Work] = separate_work,
+    work: Callable[[Candidate], Work | None] = separate_work,
 ) -> Advice:
     """Decide whether a chain (a path with assistants) is worth running.
 
@@ -147,7 +149,8 @@ def advise(
         margin: the smallest difference that matters, in the metric's unit.
         level: the probability that an interval contains the true difference, such as 0.95. The verdict uses it too.
         family: the name of the candidates' family (`family_of`). None if no run in `history` belongs to this family.
-        work: returns the seeds and the cost of the experiment that compares a chain with direct at equal compute.
+        work: returns the seeds and the cost of the experiment that compares a chain with direct at equal compute. None if it cannot be
+            proposed.
     """
     direct, *chains = candidates
     pairs = pair_up(history)
@@ -161,7 +164,7 @@ def decide(
     *,
     margin: float,
     level: float,
-    work: Callable[[Candidate], Work] = separate_work,
+    work: Callable[[Candidate], Work | None] = separate_work,
 ) -> Advice:
     """Turn forecasts into advice. `advise` explains the rule and the arguments."""
     direct, chains = candidates[0], candidates[1:]
@@ -210,13 +213,15 @@ def _hypothesis(candidates: Sequence[Candidate]) -> tuple[str, ...] | None:
     return path if len(path) > 2 and path in [c.path for c in candidates] else None
 
 
-def _experiments(chains: Sequence[Candidate], found: Predictions, work: Callable[[Candidate], Work]) -> tuple[Experiment, ...]:
-    proposed = []  # each gain is computed as if the chain were the only experiment
-    for i, chain in enumerate(chains):
+def _experiments(chains: Sequence[Candidate], found: Predictions, work: Callable[[Candidate], Work | None]) -> tuple[Experiment, ...]:
+    def gain(i: int, seeds: int) -> float:  # as if the chain were the only experiment
         others = max([0.0, *(f.mean for j, f in enumerate(found.forecasts) if j != i)])
-        todo = work(chain)
-        gain = _knowledge_gradient(found.forecasts[i], others, found.seed_sd, todo.new)
-        proposed.append(Experiment(chain.path, todo.seeds, todo.new, todo.cost, gain))
+        return _knowledge_gradient(found.forecasts[i], others, found.seed_sd, seeds)
+
+    proposed: list[Experiment] = []
+    for i in sorted(range(len(chains)), key=lambda i: -gain(i, SEEDS) / separate_work(chains[i]).cost):
+        if len(proposed) < CONSIDERED and (todo := work(chains[i])):
+            proposed.append(Experiment(chains[i].path, todo.seeds, todo.new, todo.cost, gain(i, todo.new)))
     return tuple(sorted(proposed, key=lambda e: -e.gain / max(e.cost, TINY))[:PROPOSED])  # what is only evaluated may cost no training
 
 

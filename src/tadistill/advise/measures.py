@@ -1,22 +1,27 @@
-"""Measures of teachers and learners on dev prompts, and the sizes and costs of a recipe's models and paths.
+"""Measures of teachers and learners on dev prompts, the sizes and costs of a recipe's models and paths, and the arguments that add paths.
 
 Each measure is a mean over dev prompts with its standard error. In shapes, N is the number of prompts.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tadistill.advise.history import EdgeMeasures
 from tadistill.config import Arm, Recipe
+from tadistill.config.added_arms import budget_of
+from tadistill.config.arm import path_text
+from tadistill.config.method import PARTS
 from tadistill.config.recipe import Search
 from tadistill.data import datasets
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError
 from tadistill.models.shapes import COUNTED
-from tadistill.plan.arms import ProbePlan, make_plan, plan_probes
+from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.task import original_teacher
 from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
@@ -127,6 +132,17 @@ def measure(
     return Measures(models, pairs)
 
 
+def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
+    """Return the mean of each measure for each pair (teacher, learner). A loss ratio becomes None if it is infinite or not above 0."""
+    found: dict[tuple[str, str], EdgeMeasures] = {}
+    for names, pair in measures.pairs.items():
+        means = {field.name: getattr(pair, field.name).mean for field in fields(EdgeMeasures) if field.name != "size_ratio"}
+        if not 0 < means["loss_ratio"] < float("inf"):
+            means["loss_ratio"] = None
+        found[names] = EdgeMeasures(size_ratio=pair.size_ratio, **means)
+    return found
+
+
 # --- the models and paths of a recipe, and the stages that measure them --------------------------------------------------
 
 
@@ -217,8 +233,8 @@ def _sizes(recipe: Recipe, names: Sequence[str]) -> dict[str, int]:
     return {name: size.total for name, size in found.items() if size}
 
 
-def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
-    """Return a copy of the recipe with arms for all paths, and the cost of each path.
+def costs(recipe: Recipe) -> tuple[Plan, dict[ModelPath, PathCost]]:
+    """Plan a copy of the recipe with arms for all paths. Return this plan and the cost of each path.
 
     The copy has an arm for each path within `search.budget`. For each path with assistants, it also has an arm of direct distillation with
     the same compute.
@@ -233,14 +249,14 @@ def costs(recipe: Recipe) -> tuple[Recipe, dict[ModelPath, PathCost]]:
     kept = affordable(search, flops).paths
     arms = path_arms(kept) | {twin_name(path): Arm(path=(direct,), compute=f"as {path_name(path)}") for path in kept if path != direct}
     limited = recipe.model_copy(update={"arms": arms, "teacher": search.teacher})
-    planned, base = make_plan(limited).arms, flops[direct]
+    plan, base = make_plan(limited), flops[direct]
     assert base, "ladder() refuses models of unknown size"
-    paths, twins = {arm.name: arm.arm.last for arm in planned}, dict[ModelPath, tuple[int, int]]()
-    for arm in planned:
+    paths, twins = {arm.name: arm.arm.last for arm in plan.arms}, dict[ModelPath, tuple[int, int]]()
+    for arm in plan.arms:
         if arm.arm.like:
             methods = [phase.method for phase in arm.phases]
             twins[paths[arm.arm.like[1]]] = sum(method.optim.steps or 0 for method in methods), methods[-1].select.every
-    return limited, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
+    return plan, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
 
 
 def twin_name(path: ModelPath) -> str:
@@ -271,3 +287,53 @@ def read_measures(probes: ProbePlan, store: Store, found: Ladder) -> Measures:
 
 def _scores(store: Store, key: str) -> dict[str, Any]:
     return read_json(store.folder(key) / "scores.json", fix="delete its directory and run the command again")
+
+
+# --- the arguments of commands that add paths to a recipe ----------------------------------------------------------------
+
+
+def with_seeds(recipe: Recipe, arms: list[str], seeds: int) -> list[str]:
+    """Return all KEY=VALUE arguments with which a recipe trains some arms with a number of seeds. `arms` are those that add the arms."""
+    first = max(recipe.seeds) + 1
+    chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
+    return [*arms, *_unbudgeted(recipe, arms), f"seeds={chosen}".replace(" ", "")]
+
+
+def _unbudgeted(recipe: Recipe, arms: list[str]) -> list[str]:
+    if recipe.budgets is None:
+        return []
+    made = {name: of.arm for name, arm in recipe.arms.items() if (of := budget_of(name, arm.compute))}
+    named = {*(model.temper.like for model in recipe.models.values() if model.temper)}
+    named |= {other for arm in recipe.arms.values() for other in arm.budgets.values()}
+    if not named & made.keys():
+        return ["budgets=null"]
+    own = {setting.split(".path=")[0].removeprefix("arms.").removeprefix("arms[").removesuffix("]") for setting in arms}
+    kept = [name for name in dict.fromkeys(made.values()) if name not in own]  # other arms need their budgets
+    return [f"budgets={json.dumps(recipe.budgets.model_dump(exclude_none=True) | {'arms': kept})}"]
+
+
+def chain_settings(recipe: Recipe, path: ModelPath) -> list[str]:
+    """Return the KEY=VALUE arguments that add a path and direct distillation of equal compute to a recipe."""
+    chain, twin = _key(path_name(path)), _key(twin_name(path))
+    ends = f"{path[0]} > {path[-1]}"
+    return [*_direct(recipe, path), f"{chain}.path={path_text(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
+
+
+def direct_settings(recipe: Recipe, path: ModelPath, cost: PathCost) -> list[str]:
+    """Return the KEY=VALUE arguments that add direct distillation with the compute of a path to a recipe."""
+    if cost.twin is None:
+        return _direct(recipe, path)
+    twin, (updates, every) = _key(twin_name(path)), cost.twin
+    more = [f"{twin}.path={path[0]} > {path[-1]}", f"{twin}.optim.steps={updates}", f"{twin}.select.every={every}"]
+    return [*_direct(recipe, path), *more]
+
+
+def _direct(recipe: Recipe, path: ModelPath) -> list[str]:
+    ends = (path[0], path[-1])
+    changed = (*PARTS, "phases", "compute", "control")
+    plain = any(a.path == (ends,) and not a.init and not any(getattr(a, name) for name in changed) for a in recipe.arms.values())
+    return [] if plain else [f"{_key(path_name(ends))}.path={path_text(ends)}"]
+
+
+def _key(arm: str) -> str:
+    return f"arms[{arm}]" if "." in arm else f"arms.{arm}"

@@ -9,6 +9,7 @@ from tadistill.advise.measures import TOP_K, Mean, Measures
 from tadistill.advise.words import (
     Report,
     basis_line,
+    cost_text,
     gain_text,
     measure_name,
     option_interval,
@@ -59,6 +60,7 @@ def render_advice(report: Report) -> str:
         interval=option_interval,
         units=number_text,
         improvement=improvement(report.metric),
+        cost_text=cost_text,
         gain_text=gain_text,
         columns=_COLUMNS,
         heatmaps=[(title, hint, heatmap(report.measures, field, **how).html()) for field, title, hint, how in _HEATMAPS],

@@ -1,6 +1,5 @@
 """The texts of the advice, and the `Report` that the terminal, the page and advice.json show."""
 
-import json
 import shlex
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +8,19 @@ from math import exp, inf
 
 from tadistill.advise.decide import Advice, Option, improvement_unit
 from tadistill.advise.history import History
-from tadistill.advise.measures import TOP_K, Ladder, Mean, Measures, PathCost, twin_name
+from tadistill.advise.measures import (
+    TOP_K,
+    Ladder,
+    Mean,
+    Measures,
+    PathCost,
+    chain_settings,
+    direct_settings,
+    twin_name,
+    with_seeds,
+)
 from tadistill.config import Recipe
-from tadistill.config.added_arms import budget_of
 from tadistill.config.arm import path_text
-from tadistill.config.method import PARTS
 from tadistill.metrics import NOT_COMPARABLE
 from tadistill.results.number_text import MINUS
 from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
@@ -114,7 +121,10 @@ def notes(
             "contains it."
         )
     if metric in NOT_COMPARABLE:
-        found.append(f"method.select.metric is `{metric}`, which cannot compare students of different teachers; use loss or rouge_l.")
+        found.append(
+            f"method.select.metric is `{metric}`, which cannot compare students of different teachers, so no experiment is proposed; use "
+            "loss or rouge_l."
+        )
     if not advice.pairs:
         found.append(
             "There is no earlier study to learn from, so the advice is the default: direct distillation with a chain's compute. The rules "
@@ -137,9 +147,25 @@ def notes(
     return tuple(found)
 
 
+def command_notes(refused: Sequence[str], unpriced: Sequence[str]) -> tuple[str, ...]:
+    """Return warnings about the commands.
+
+    Args:
+        refused: the errors of recipes with other arms, which are therefore not proposed.
+        unpriced: the arms of the recipe with trainings of unknown compute.
+    """
+    found: list[str] = []
+    if refused:
+        found.append(f"{counted(len(refused), 'command is', 'commands are')} not proposed, for instance: {refused[0].rstrip('.')}.")
+    if unpriced:
+        found.append(f"The compute of a training is not known for {', '.join(unpriced)}, so the cost of no command contains it.")
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class NextRun:
-    """A run that the advice proposes, as a sentence and as a command. The command is empty if this run is finished."""
+    """A run that the advice proposes, as a sentence and as a command. The command is empty if this run is finished, or if the recipe's
+    arms do not allow it."""
 
     text: str
     command: str
@@ -155,7 +181,7 @@ def steps(
     overrides: Sequence[str],
     advice: Advice,
     costs: Mapping[tuple[str, ...], PathCost],
-    cost_of: Callable[[Sequence[str]], float],
+    cost_of: Callable[[Sequence[str]], float | None],
     finished: Container[str] = (),
 ) -> tuple[NextRun, ...]:
     """Return the runs that the advice proposes. The first is the run to start now. The others are experiments.
@@ -169,7 +195,7 @@ def steps(
         overrides: the KEY=VALUE arguments of the command line. The commands repeat them.
         advice: the verdict and the experiments.
         costs: the cost of every path.
-        cost_of: returns the cost of the recipe with some KEY=VALUE arguments (`NextRun.cost`).
+        cost_of: returns the cost of the recipe with some KEY=VALUE arguments (`NextRun.cost`). None if such a recipe is refused.
         finished: the paths (`path_name`) and equal-compute baselines (`twin_name`) whose stages are all finished.
     """
 
@@ -179,71 +205,24 @@ def steps(
     def now(what: str, arms: list[str], names: list[str], why: str = "") -> NextRun:
         if all(name in finished for name in names):
             return NextRun(f"now: nothing to run; {what} ({over}) {'are' if len(names) > 1 else 'is'} finished", "", 0.0, None)
-        return next_run(f"now: {what}, {over}{why}", settings := _settings(recipe, arms, seeds), cost_of(settings))
+        if (cost := cost_of(settings := with_seeds(recipe, arms, seeds))) is None:
+            return NextRun(f"now: {what}, {over}, which the arms of the recipe do not allow (see the notes)", "", 0.0, None)
+        return next_run(f"now: {what}, {over}{why}", settings, cost)
 
     seeds, over, found = len(recipe.seeds), counted(len(recipe.seeds), "seed"), list[NextRun]()
     chains = [path for path in costs if len(path) > 2]
     if advice.verdict == "chain":
         what, names = f"{path_text(advice.path)} and direct distillation of equal compute", [path_name(advice.path), twin_name(advice.path)]
-        found.append(now(what, _chain(recipe, advice.path), names, "; the chain is useful if it wins on the test sets"))
+        found.append(now(what, chain_settings(recipe, advice.path), names, "; the chain is useful if it wins on the test sets"))
     elif chains:
         wanted = advice.next[0].path if advice.next else chains[0]
         what = f"direct distillation with the compute of {path_text(wanted)}"
-        found.append(now(what, _longer(recipe, wanted, costs[wanted]), [twin_name(wanted)]))
+        found.append(now(what, direct_settings(recipe, wanted, costs[wanted]), [twin_name(wanted)]))
     for e in advice.next:
         more = f" ({e.new} of them new)" if e.new < e.seeds else ""
         text = f"to learn more: compare {path_text(e.path)} with direct at equal compute, {counted(e.seeds, 'seed')}{more}"
-        found.append(next_run(text, experiment_settings(recipe, e.path, e.seeds), e.cost, e.gain))
+        found.append(next_run(text, with_seeds(recipe, chain_settings(recipe, e.path), e.seeds), e.cost, e.gain))
     return tuple(found)
-
-
-def experiment_settings(recipe: Recipe, path: tuple[str, ...], seeds: int) -> list[str]:
-    """Return the KEY=VALUE arguments with which a recipe compares a path with direct at equal compute, with a number of seeds."""
-    return _settings(recipe, _chain(recipe, path), seeds)
-
-
-def _settings(recipe: Recipe, arms: list[str], seeds: int) -> list[str]:
-    first = max(recipe.seeds) + 1
-    chosen = [*recipe.seeds[:seeds], *range(first, first + seeds - len(recipe.seeds))]
-    return [*arms, *_unbudgeted(recipe, arms), f"seeds={chosen}".replace(" ", "")]
-
-
-def _unbudgeted(recipe: Recipe, arms: list[str]) -> list[str]:
-    if recipe.budgets is None:
-        return []
-    made = {name: of.arm for name, arm in recipe.arms.items() if (of := budget_of(name, arm.compute))}
-    named = {*(model.temper.like for model in recipe.models.values() if model.temper)}
-    named |= {other for arm in recipe.arms.values() for other in arm.budgets.values()}
-    if not named & made.keys():
-        return ["budgets=null"]
-    own = {setting.split(".path=")[0].removeprefix("arms.").removeprefix("arms[").removesuffix("]") for setting in arms}
-    kept = [name for name in dict.fromkeys(made.values()) if name not in own]  # other arms need their budgets
-    return [f"budgets={json.dumps(recipe.budgets.model_dump(exclude_none=True) | {'arms': kept})}"]
-
-
-def _chain(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
-    chain, twin = _key(path_name(path)), _key(twin_name(path))
-    ends = f"{path[0]} > {path[-1]}"
-    return [*_direct(recipe, path), f"{chain}.path={path_text(path)}", f"{twin}.path={ends}", f"{twin}.compute=as {path_name(path)}"]
-
-
-def _longer(recipe: Recipe, path: tuple[str, ...], cost: PathCost) -> list[str]:
-    if cost.twin is None:
-        return _direct(recipe, path)
-    twin, (updates, every) = _key(twin_name(path)), cost.twin
-    more = [f"{twin}.path={path[0]} > {path[-1]}", f"{twin}.optim.steps={updates}", f"{twin}.select.every={every}"]
-    return [*_direct(recipe, path), *more]
-
-
-def _direct(recipe: Recipe, path: tuple[str, ...]) -> list[str]:
-    ends = (path[0], path[-1])
-    changed = (*PARTS, "phases", "compute", "control")
-    plain = any(a.path == (ends,) and not a.init and not any(getattr(a, name) for name in changed) for a in recipe.arms.values())
-    return [] if plain else [f"{_key(path_name(ends))}.path={path_text(ends)}"]
-
-
-def _key(arm: str) -> str:
-    return f"arms[{arm}]" if "." in arm else f"arms.{arm}"
 
 
 @dataclass(frozen=True)
@@ -326,6 +305,12 @@ def basis_line(report: Report) -> str:
     chains, families = counted(advice.pairs, "chain"), counted(advice.families, "family", "families")
     studies = ", ".join("this study" if study == report.study else study for study in report.studies)
     return f"history: {chains} compared with direct at equal compute, of {families} ({studies})"
+
+
+def cost_text(cost: float) -> str:
+    """Say what a command costs (`NextRun.cost`), without a period."""
+    runs = f"{cost:.1f}" if cost >= 0.05 else f"{cost:.1g}"
+    return f"costs as much compute as {runs} direct runs of one seed" if cost else "needs no training"
 
 
 def gain_text(gain: float, report: Report) -> str:

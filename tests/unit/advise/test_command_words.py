@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
-from tadistill.advise.command import Commands, _finished, edge_measures, margin_on
+from tadistill.advise.command import Commands, _advice, _finished, edge_measures, margin_on
 from tadistill.advise.decide import SEEDS, Work, improvement, improvement_unit
 from tadistill.advise.history import Candidate, History, Observation, path_edges
-from tadistill.advise.measures import Mean, costs, ladder, twin_name, with_search
-from tadistill.advise.words import experiment_settings, lambda_sweeps, notes, rules, steps, sweep_text
+from tadistill.advise.measures import Mean, chain_settings, costs, ladder, twin_name, with_search, with_seeds
+from tadistill.advise.words import command_notes, cost_text, lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan
 
@@ -160,14 +160,16 @@ def test_a_finished_run_is_not_proposed_again(study):
 @pytest.fixture(scope="module")
 def plans(study):
     """The commands of the recipe, and the plan of the experiment on xl > l > s with its stages of training."""
-    found, _, priced = study
+    priced = study[2]
 
-    def commands(*finished, history=()):
+    def commands(*finished, history=(), overrides=(), direct=priced["xl", "s"].flops):
         store, past = SimpleNamespace(finished=set(finished).__contains__), History((), (), frozenset(history))
-        return Commands(found, str(RECIPE), [], store, past, priced["xl", "s"].flops)
+        own = load(RECIPE, [*overrides])
+        return Commands(own, lambda settings: make_plan(load(RECIPE, [*overrides, *settings])), store, past, direct)
 
-    def plan(seeds):
-        made = make_plan(load(RECIPE, experiment_settings(found, ("xl", "l", "s"), seeds)))
+    def plan(seeds, overrides=()):
+        recipe = load(RECIPE, [*overrides])
+        made = make_plan(load(RECIPE, [*overrides, *with_seeds(recipe, chain_settings(recipe, ("xl", "l", "s")), seeds)]))
         return made, {key: stage.flops for key, stage in made.stages.items() if stage.flops}
 
     return commands, plan, Candidate(("xl", "l", "s"), priced["xl", "l", "s"].multiple, ())
@@ -195,7 +197,68 @@ def test_an_experiment_that_history_has_is_proposed_with_further_seeds(plans):
     known = commands(history=[*finals[0], *finals[1]]).work(chain)
     assert (known.seeds, known.new) == (2 * SEEDS, SEEDS)
     partly = commands(history=[*finals[0], *finals[1][:1]]).work(chain)  # one seed of both arms
-    assert (partly.seeds, partly.new) == (SEEDS, SEEDS - 1)
+    assert (partly.seeds, partly.new) == (SEEDS + 1, SEEDS)
+
+
+def test_an_experiment_has_as_many_new_seeds_whatever_the_recipe_has(plans):
+    """With five seeds of the recipe in history, six were proposed, of which one was new."""
+    commands, plan, chain = plans
+    five = ["seeds=[10,20,30,40,50]"]
+    known = [key for arm in plan(5, five)[0].arms if arm.name != "direct" for key in arm.final.values()]
+    work = commands(history=known, overrides=five).work(chain)
+    assert (work.seeds, work.new) == (5 + SEEDS, SEEDS)
+
+
+PATIENT = ["arms.xl-l-s.path=xl > l > s", "arms.xl-l-s.select.patience=2"]
+
+
+def test_a_command_that_the_recipe_refuses_is_not_proposed(plans):
+    """It ended the command, after all measurements. The equal-compute baseline of an arm that may stop early is such a command."""
+    commands, _, chain = plans
+    patient = commands(overrides=PATIENT)
+    assert patient.work(chain) is None
+    assert patient.cost(chain_settings(patient.recipe, chain.path)) is None
+    assert patient.work(replace(chain, path=("xl", "m", "s"))).new == SEEDS
+    (note,) = command_notes([*patient.refused], [])
+    assert note.startswith("1 command is not proposed, for instance: arms.xl-l-s-twin has `compute: as xl-l-s`, but")
+
+
+def test_the_run_to_start_now_may_be_refused(study):
+    found, _, priced = study
+    advice = verdict(priced)
+    now, *more = steps(found, str(RECIPE), [], advice, priced, lambda settings: None)
+    assert now.command == ""
+    assert now.text.endswith("which the arms of the recipe do not allow (see the notes)")
+    assert len(more) == len(advice.next)
+
+
+def test_a_metric_that_compares_no_teachers_gives_no_experiments(plans):
+    """A finished experiment was proposed first, as its trainings are never history and cost nothing."""
+    recipe = with_search(load(RECIPE, ["method.select.metric=last"]))
+    paths, priced = costs(recipe)
+    commands = plans[0]()
+    advice, metric = _advice(paths, ladder(recipe), priced, edge_measures(measures()), commands)
+    assert (metric, advice.next) == ("last", ())
+    said = notes(recipe, list(priced), measures(), advice, History((), ()), metric, 20)
+    assert any("so no experiment is proposed" in note for note in said)
+
+
+def test_what_a_command_costs_in_words():
+    assert cost_text(2.66) == "costs as much compute as 2.7 direct runs of one seed"
+    assert cost_text(0.02) == "costs as much compute as 0.02 direct runs of one seed"
+    assert cost_text(0) == "needs no training"
+
+
+def test_arms_of_unknown_cost_are_named(plans):
+    """They cost nothing, without a word."""
+    commands, plan, _ = plans
+    made, flops = plan(1)
+    own = replace(made, stages={key: replace(stage, cost=None) if "direct" in stage.arms else stage for key, stage in made.stages.items()})
+    alone = [key for key, stage in made.stages.items() if stage.arms == {"direct"} and key in flops]
+    others = {key for key, stage in made.stages.items() if "direct" in stage.arms} - set(alone)
+    assert commands(*others).unpriced(own) == ["direct"]
+    assert commands(*flops).unpriced(own) == []
+    assert command_notes([], ["direct"]) == ("The compute of a training is not known for direct, so the cost of no command contains it.",)
 
 
 def test_a_command_with_further_seeds_says_how_many_are_new(study):
@@ -208,12 +271,11 @@ def test_a_command_with_further_seeds_says_how_many_are_new(study):
 
 
 def test_a_run_is_finished_with_all_stages_of_its_arms(study):
-    limited = costs(study[0])[0]
-    plan = make_plan(limited)
+    plan = costs(study[0])[0]
     last = {stage.kind: stage for stage in plan.stages.values() if stage.arms}
     for kind in ("distill", "evaluate", "analyse"):
         others = SimpleNamespace(finished=lambda key, missing=last[kind].key: key != missing)
-        assert _finished(limited, others) == {arm.name for arm in plan.arms} - last[kind].arms
+        assert _finished(plan, others) == {arm.name for arm in plan.arms} - last[kind].arms
 
 
 @pytest.mark.parametrize(

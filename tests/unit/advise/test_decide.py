@@ -1,13 +1,14 @@
 """Verdicts: nothing without history, direct where nothing is, a chain where history shows one; experiments by what they are worth."""
 
 import runpy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tadistill.advise.decide import SEEDS, Work, _knowledge_gradient, advise
+from tadistill.advise.decide import CONSIDERED, SEEDS, Work, _knowledge_gradient, advise, separate_work
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation
 from tadistill.advise.predict import Forecast
 from tadistill.advise.words import reason
@@ -50,6 +51,21 @@ def test_experiments_are_ranked_by_the_cost_and_the_seeds_of_their_work():
     assert (first.path[1], first.seeds, first.new, first.cost) == ("b", 3, 1, 0.0)
     assert (second.path[1], second.seeds, second.new, second.cost) == ("a", 6, 3, 9.0)
     assert second.gain > first.gain > 0  # more seeds tell more
+
+
+def test_what_cannot_be_proposed_is_left_out_and_few_experiments_are_planned():
+    """All were planned, also if three of 256 are proposed: minutes, in a recipe with other arms and seeds."""
+    chains = [replace(CHAIN, path=("t", f"a{i}", "s"), cost=2.0 + i) for i in range(40)]
+    asked = []
+
+    def work(chain):
+        asked.append(chain.path[1])
+        return None if chain.path[1] == "a0" else separate_work(chain)
+
+    advice = advise([DIRECT, *chains], [], margin=0.3, work=work)
+    assert [e.path[1] for e in advice.next] == ["a1", "a2", "a3"]
+    assert asked == [f"a{i}" for i in range(CONSIDERED + 1)]
+    assert advise([DIRECT, *chains], [], margin=0.3, work=lambda chain: None).next == ()
 
 
 def test_history_without_a_twin_is_no_history():

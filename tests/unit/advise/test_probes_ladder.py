@@ -38,9 +38,9 @@ def test_a_search_decides():
 
 
 def test_costs_are_those_of_the_studys_ledger():
-    limited, found = costs(recipe())
+    plan, found = costs(recipe())
     assert list(found) == PATHS
-    arms = {arm.name: arm for arm in make_plan(limited).arms}
+    arms = {arm.name: arm for arm in plan.arms}
     direct = arms["xl-s"].flops
     for path, cost in found.items():
         assert cost.flops == arms["-".join(path)].flops
@@ -74,7 +74,7 @@ def test_before_the_probes_nothing_is_said_about_stages_that_advise_does_not_run
         check(Terminal(file=output, width=200))
         return re.findall("priced|training set|budget", output.getvalue())
 
-    assert said(lambda console: command._run(found, probes, store, console)) == []
+    assert said(lambda console: command._run(plan, probes, store, console)) == []
     assert asked == [list(probes.plan.stages)]
     every = [*plan.stages.values()]
     trains = [stage for stage in every if not stage.spec.measures]  # as `search`
@@ -87,7 +87,7 @@ def test_probes_stand_on_the_studys_own_fine_tuning():
     probes = probe_plan(found, ladder(found), 256)
     kinds = [stage.kind for stage in probes.plan.stages.values()]
     assert {kind: kinds.count(kind) for kind in kinds} == {"sft": 4, "probe": 4, "pair": 6}
-    study = make_plan(costs(found)[0])
+    study = costs(found)[0]
     assert {k for k, s in probes.plan.stages.items() if s.kind == "sft"} <= set(study.stages)
     for (teacher, learner), key in probes.beside.items():
         stage = probes.plan.stages[key]
