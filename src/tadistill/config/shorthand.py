@@ -97,17 +97,24 @@ def _check_selects(recipe: dict[str, Any]) -> None:
 
 
 def _method_without_dev(method: Any) -> Any:
-    chosen = method.get("select") if isinstance(method, dict) else method
-    if chosen is None or isinstance(chosen, dict):
-        wrong = {} if _valid({"select": chosen}) else chosen  # the check of the recipe shows the mistake
-        return method | {"select": wrong | {"metric": "last"}}
-    return method
+    if (chosen := _select_of(method)) is None:
+        return method
+    wrong = {} if _valid({"select": chosen}) else chosen  # the check of the recipe shows the mistake
+    return method | {"select": wrong | {"metric": "last"}}
 
 
 def _model_without_dev(model: Any) -> Any:
     sft = model.get("sft") if isinstance(model, dict) else None
-    chosen = sft.get("select") or {} if isinstance(sft, dict) else None
-    return model | {"sft": sft | {"select": chosen | {"metric": "last"}}} if isinstance(chosen, dict) else model
+    chosen = _select_of(sft)
+    return model if sft is None or chosen is None else model | {"sft": sft | {"select": chosen | {"metric": "last"}}}
+
+
+def _select_of(part: Any) -> dict[str, Any] | None:
+    """Return the key `select` of a method or of a fine-tuning; empty if it is not set, None if one of the two is no group of keys."""
+    if not isinstance(part, dict):
+        return None
+    chosen = {} if part.get("select") is None else part["select"]
+    return chosen if isinstance(chosen, dict) else None
 
 
 def _selects(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

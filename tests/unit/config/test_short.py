@@ -83,6 +83,7 @@ def test_without_dev_the_last_weights_are_kept():
         ({"metric": "last", "every": 0}, "{0}.every"),
         ({"metric": "last", "patience": "x"}, "{0} chooses a checkpoint on dev"),
         ([3], "{0}"),
+        ([], "{0}"),
     ],
 )
 @pytest.mark.parametrize("key", ["method.select", "student.sft.select"])
@@ -118,6 +119,7 @@ def test_one_test_set_needs_no_list_in_both_forms():
         ({"arms": {"a": "x"}}, "has `student` .a key of the short form. and also `arms`"),
         ({"teacher": None}, "models.teacher"),
         ({"method": "gdk"}, "did you mean `gkd`"),
+        ({"method": None, "data": {"train": "tinyworld", "test": "tinyworld"}}, "`method`"),
         ({"data": {"train": "tinyworld"}}, "`data.test` is missing"),
         ({"student": MODEL | {"lor": 1}}, "did you mean `lora`"),
     ],
