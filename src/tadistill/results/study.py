@@ -290,7 +290,8 @@ def find_study(study: str, runs: str | Path | None, *, searches: bool = False) -
     root, given = runs_directory(runs), from_home(study, "the study")
     recipe, name = study_in(located(given)), study_in(given) or str(given)
     here, there = [Path(name)], [root / name, root / (recipe or name)]
-    folders = [*there, *here] if named_runs(runs) else [*here, *there]
+    bare = recipe is not None or Path(study).name == study  # not a path, such as ./s, which comes before the variable TADISTILL_RUNS
+    folders = [*there, *here] if runs or (named_runs(runs) and bare) else [*here, *there]
     early = not_planned(*folders)  # asked first, because the plan may be written in between
     if found := next((folder for folder in folders if (folder / "plan.json").is_file()), None):
         return with_store(found, runs)

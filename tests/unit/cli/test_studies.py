@@ -209,13 +209,21 @@ def test_a_printed_command_finds_the_same_study_and_store(tmp_path, monkeypatch)
     assert command_for("watch", Path("mine"), store=store_of(Path("runs"))) == "tadistill watch mine"
 
 
-def test_the_variable_comes_before_a_folder_of_the_same_name_as_the_option_does(tmp_path, monkeypatch):
+def test_the_variable_comes_before_a_folder_of_the_same_name_but_not_before_a_path(tmp_path, monkeypatch):
     study = placed(tmp_path / "far" / "s", tmp_path / "far")
-    placed(tmp_path / "s")
+    here = placed(tmp_path / "s")
+    (tmp_path / "s.yaml").write_text(small("s").replace("study: small", "study: s"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TADISTILL_RUNS", "far")
-    assert [path.resolve() for path in find_study("s", None)[:1]] == [study]
-    assert find_study("./s", None)[0] == find_study("s", "far")[0]
+
+    def found(name: str) -> Path:
+        return find_study(name, None)[0].resolve()
+
+    assert [found(name) for name in ("s", "s.yaml", "./s.yaml", "far/s", "./far/s")] == [study] * 5
+    assert [found(name) for name in ("./s", "s/", str(here))] == [here] * 3  # a path names a folder
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("TADISTILL_RUNS", str(tmp_path / "far"))
+    assert [found(name) for name in ("s", "../s", ".")] == [study, here, here]
 
 
 def test_a_search_given_as_a_dot_is_named(tmp_path, monkeypatch):
