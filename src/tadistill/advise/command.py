@@ -32,6 +32,7 @@ from tadistill.advise.measures import (
     probe_plan,
     read_measures,
     twin_name,
+    with_earlier,
     with_search,
     with_seeds,
 )
@@ -96,7 +97,7 @@ def advise_recipe(
     study = runs / recipe.study
     command = shlex.join(["tadistill", "advise", source, *(repeated := [*overrides, *options])])
     known = edge_measures(measures)
-    record = measured(recipe.study, command, measures, known) | {"stages": list(probes.plan.stages)}
+    record = measured(recipe.study, command, measures, with_earlier(study, known)) | {"stages": list(probes.plan.stages)}
     write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
     past = history(runs)
     commands = Commands(recipe, planned, store, past, priced[found.teacher, found.student].flops)

@@ -5,13 +5,15 @@ Each measure is a mean over dev prompts with its standard error. In shapes, N is
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tadistill.advise.history import EdgeMeasures
+from tadistill.advise.history import EdgeMeasures, load_measures
 from tadistill.config import Arm, Recipe
 from tadistill.config.added_arms import budget_of
 from tadistill.config.arm import path_text
@@ -19,7 +21,7 @@ from tadistill.config.method import PARTS
 from tadistill.config.recipe import Search
 from tadistill.data import datasets
 from tadistill.disk import read_json
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, StoreError
 from tadistill.models.shapes import COUNTED
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
@@ -141,6 +143,13 @@ def edge_measures(measures: Measures) -> dict[tuple[str, str], EdgeMeasures]:
             means["loss_ratio"] = None
         found[names] = EdgeMeasures(size_ratio=pair.size_ratio, **means)
     return found
+
+
+def with_earlier(study: Path, known: Mapping[tuple[str, str], EdgeMeasures]) -> dict[tuple[str, str], EdgeMeasures]:
+    """Return the given measures of pairs, and those of other pairs from the study's last advice: chains of earlier plans may have them."""
+    with suppress(StoreError):  # a damaged file is written again
+        return load_measures(study) | dict(known)
+    return dict(known)
 
 
 # --- the models and paths of a recipe, and the stages that measure them --------------------------------------------------

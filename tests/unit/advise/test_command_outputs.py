@@ -11,6 +11,7 @@ from tests.unit.advise.example import report
 
 from tadistill.advise.command import decided, edge_measures, measured, print_advice
 from tadistill.advise.history import load_measures
+from tadistill.advise.measures import with_earlier
 from tadistill.advise.page import render_advice
 from tadistill.advise.words import gain_text, reason
 
@@ -98,3 +99,15 @@ def test_what_is_written_is_what_history_reads(tmp_path):
     assert load_measures(tmp_path) == edges
     assert record["advice"]["reason"] == reason(found.advice)
     assert record["lambda_sweeps"]["exp(−loss)"][-1]["high"] is None
+
+
+def test_measures_of_other_pairs_are_kept(tmp_path):
+    """Chains of an earlier plan lost their measures when advice was asked for about other models."""
+    edges = edge_measures(report().measures)
+    changed = replace(edges["xl", "l"], overlap=0.125)
+    old = {("xl", "l"): changed, ("xl", "gone"): changed}
+    assert with_earlier(tmp_path, edges) == edges
+    (tmp_path / "advice.json").write_text(json.dumps(measured("s", "c", report().measures, old)))
+    assert with_earlier(tmp_path, edges) == edges | {("xl", "gone"): changed}
+    (tmp_path / "advice.json").write_text("{")
+    assert with_earlier(tmp_path, edges) == edges
