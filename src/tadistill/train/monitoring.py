@@ -323,7 +323,7 @@ class Alarms:
         if now["entropy"] < 0.3 * then["entropy"] and (beside := _below_the_teacher(now, then)):
             found["entropy drop"] = f"the entropy is {now['entropy']:.2f} nats per token (at first {then['entropy']:.2f}{beside})"
         if (share := now.get("left_out", 0)) > max(0.1, 2 * (before := then.get("left_out", 0))):
-            text = f"the teacher's tokenizer cannot write {share:.0%} of the sampled tokens (at first {before:.0%})"
+            text = f"the teacher cannot read {share:.0%} of the sampled tokens (at first {before:.0%})"
             found["text that the teacher cannot read"] = f"{text}, so no loss compares them with the teacher"
         found = {name: f"{text}; {self.advice}" for name, text in found.items()}
         if (apart or 0) > self.most_apart:

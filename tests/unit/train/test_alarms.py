@@ -176,5 +176,5 @@ def test_text_without_a_loss_gives_an_alarm():
     assert alarms.check(0, usual | {"rollout/left_out": 0.04}) == []
     assert alarms.check(1, usual | {"rollout/left_out": 0.09}) == []  # doubled, but small
     (line,) = alarms.check(2, usual | {"rollout/left_out": 0.97})
-    assert "the teacher's tokenizer cannot write 97% of the sampled tokens (at first 4%), so no loss compares them with the teacher" in line
+    assert "the teacher cannot read 97% of the sampled tokens (at first 4%), so no loss compares them with the teacher" in line
     assert alarms.check(3, usual | {"rollout/left_out": 0.98}) == []  # once
