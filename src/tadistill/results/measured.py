@@ -144,7 +144,10 @@ def _load_manifest(store: Store, key: str) -> StageManifest:
         raise damaged(path, f"{type(error).__name__}: {error}", store.redo(key)) from error
 
 
-_OF_PATH = ("seed", "teacher", "teacher_data", "assistants", "responses", "signal", "assistant_responses", "assistant_signals")
+_OF_PATH = (
+    *("seed", "teacher", "assistants", "responses", "signal", "assistant_responses", "assistant_signals"),
+    *("teacher_data", "over_spans"),  # of a teacher with another tokenizer
+)
 _OF_COMPUTE = ("steps", "epochs", "warmup", "every")  # of a distillation
 
 

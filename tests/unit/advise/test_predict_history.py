@@ -36,6 +36,7 @@ def write(runs, study, arms, *, metric="rouge_l", values=None, unfinished=(), se
             stage(runs, start, "sft", sft)
             optim = {"lr": lr, "steps": flops, "warmup": flops, "epochs": None}
             select, taught = {"metric": metric, "every": flops}, {"teacher": {"stage": path[0]}, "student": {"stage": start}}
+            taught |= {"over_spans": 3, "teacher_data": {"template": "chat"}} if len(path) == 2 else {}  # the direct teacher's tokenizer
             folder = stage(runs, key, "distill", {"seed": seed, "optim": optim, "select": select, **taught})
             (folder / "manifest.json").write_text(json.dumps({"best_value": (values or {}).get(name, 20.0) + seed, "files": {}}))
         nothing = {"evaluate": {}, "analyse": {}, "also": {}, "published": None}
