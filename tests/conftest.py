@@ -21,7 +21,7 @@ LONGEST = [
     *("unit/plan/test_costs", "e2e/test_lora", "e2e/test_advise", "e2e/test_edges", "e2e/test_judge", "e2e/test_signals", "e2e/test_ranks"),
     *("architecture/test_add_one", "unit/search/test_command", "e2e/test_how_to", "unit/test_fuzz", "unit/test_statistics_coverage"),
     *("unit/report/test_outputs", "unit/rollout/test_generate", "unit/plan/test_keys", "unit/objectives/test_fused_loss"),
-    *("unit/rollout/test_lazy", "unit/judge/test_judge", "unit/cluster/test_fetch"),
+    *("unit/judge/test_judge", "unit/cluster/test_fetch"),
 ]
 """Files that start first, so that no long one runs alone at the end."""
 CHROMIUM = Path("/usr/bin/chromium")

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from unittest import mock
@@ -32,7 +32,7 @@ gc.freeze()  # each stage ends with a collection, which would look through all i
 CALLERS = ("tadistill.runner.run_study", "tadistill.search.command", "tadistill.advise.command")
 
 
-def run_here(plan: Plan, store: Store, *, jobs: int, console: Console) -> None:
+def run_here(plan: Plan, store: Store, *, jobs: int, console: Console, needs: Iterable[str] = ()) -> None:
     """Run the stages that the store lacks, as `run_stages` does, one after another in this process."""
     for stage in plan.stages.values():
         run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)

@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from tadistill.models.architectures import is_full
 from tadistill.models.forward import apart, evaluating, rounded, taken, trying
-from tadistill.rollout.draw import in_place_cache
+from tadistill.rollout.draw import cache_name, in_place_cache
 
 # lengths of the prompts on which ways are tried: with padding, with more tokens than a small block or window, and with equal lengths, of
 # which two are left after one has ended
@@ -106,7 +105,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, vocab: int, capacity: int, way: Way):
         self.model, self.vocab, self.way = model, vocab, way
         self.takes = inspect.signature(model.forward).parameters
-        self.name = next((name for name in ALL_CACHE_NAMES if name in self.takes), "past_key_values")
+        self.name = cache_name(model)
         self.memory: Any = in_place_cache(model.config, capacity) if way.memory == "ours" else None
 
     def logits(self, ids_BT: Tensor, attention_BT: Tensor | None, positions_BT: Tensor, start: int) -> Tensor:

@@ -6,6 +6,7 @@ of the next token, p is the teacher's, and b is the distribution from which toke
 Axes: B sequences, T tokens so far, V vocabulary size, H hidden size, N tokens of one call.
 """
 
+import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    Cache,
     DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -25,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
@@ -220,6 +223,20 @@ class InPlaceLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return self.length
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Return the name of the argument by which a model's forward function takes its memory of earlier tokens, such as `past_key_values`. It
+    depends on the family, and on the version of transformers."""
+    return next((name for name in ALL_CACHE_NAMES if name in inspect.signature(model.forward).parameters), ALL_CACHE_NAMES[0])
+
+
+def tokens_in(memory: object) -> int:
+    """Return the number of tokens in a model's KV cache. Other memories of earlier tokens, such as recurrent states, have 0."""
+    try:
+        return memory.get_seq_length() if isinstance(memory, Cache) else 0
+    except ValueError:  # a cache of recurrent states only
+        return 0
 
 
 def keeps_all(config: PreTrainedConfig, capacity: int) -> bool:

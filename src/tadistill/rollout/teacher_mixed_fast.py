@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tadistill.constants import COMPACT_BELOW, PACKED_FAMILIES
 from tadistill.models.forward import ROWS, tapped
-from tadistill.rollout.draw import Mixture, Record, aligned, draw, keeps_all, log_prob
+from tadistill.rollout.draw import Mixture, Record, aligned, cache_name, draw, keeps_all, log_prob
 
 _BEHIND = 8  # if a row has more tokens than this that a model has not processed, it is called next; this limits the memory of a call
 _WAITING = 0.5  # the teacher is called when this share of the unfinished rows waits for it
@@ -271,7 +271,7 @@ class _Packed:
         self.name, self.model, self.rows, self.capacity = name, model, rows, columns_of(capacity, model.device)
         self.done = np.zeros(rows, np.int64)  # (R,) the next column that the model has to read
         self.device, self.dtype = model.device, model.dtype  # once, because transformers looks through all parameters for them
-        self.cache = DynamicCache(config=model.config)
+        self.cache, self.cache_name = DynamicCache(config=model.config), cache_name(model)
         self.places: _Places | None = None
         self.cache.layers[:] = [_Layer(self) for _ in self.cache.layers]
 
@@ -286,9 +286,9 @@ class _Packed:
                 input_ids=places.ids_N.unsqueeze(0),
                 attention_mask=places.mask(self.dtype),
                 position_ids=places.columns_N.unsqueeze(0),
-                past_key_values=self.cache,
                 use_cache=True,
                 places=places,  # models pass unknown arguments on to the attention function
+                **{self.cache_name: self.cache},
             )
         return out.logits[0], seen[0][0], places.next_M, places.uniforms
 

@@ -23,7 +23,7 @@ from tadistill.models.parameter_counts import Size, Work, forward_flops, size_of
 from tadistill.models.teachers import HiddenTeacher, Teacher, nothing
 from tadistill.objectives import Head
 from tadistill.objectives.fused_loss import heads_watched
-from tadistill.rollout.draw import difference
+from tadistill.rollout.draw import cache_name, difference, tokens_in
 from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 
@@ -33,7 +33,7 @@ _GRAM = 4  # number of tokens of a gram in `repetition`
 
 class _Side:
     def __init__(self, name: str, model: PreTrainedModel):
-        self.name, self.model, self.adapters = name, model, adapters_in(model)
+        self.name, self.model, self.adapters, self.memory = name, model, adapters_in(model), cache_name(model)
         size = size_of(model.config.get_text_config().to_dict())
         self.size = None if size is None else with_adapters(size, self.adapters)
         head = model.get_output_embeddings()
@@ -144,14 +144,14 @@ class Meter:
 
     def _body(self, side: _Side) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+            ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
             rows, width = ids.shape
             if packed := kwargs.get("rows"):
                 pairs = sum(length**2 for length in packed)
             elif mask is not None and mask.ndim == 4:  # (B, 1, new tokens, columns), as in `teacher_mixed_fast` and `static_cache`
                 pairs = mask.shape[0] * mask.shape[2] * mask.shape[3]
             else:
-                pairs = rows * width * (width + (cache.get_seq_length() if cache is not None else 0))
+                pairs = rows * width * (width + tokens_in(kwargs.get(side.memory)))
             work, backward = Work(rows * width, pairs), side.name == "student" and torch.is_grad_enabled()
             self._add(side.name, _flops(side, work, backward, self._again), rows * width, 0)
 

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from tests.conftest import tiny_model
+import transformers
+from tests.conftest import shared_model, tiny_model
 from tests.families import assert_agrees, tiny
+from transformers import DynamicCache
 
+from tadistill import rng
 from tadistill.errors import ModelError
 from tadistill.models.forward import check_reading
+from tadistill.models.parameter_counts import Work, forward_flops, size_of
 from tadistill.rollout.decoder import WAYS, Trial, Way, slower, way_of
+from tadistill.rollout.draw import cache_name, tokens_in
+from tadistill.rollout.engine import sample
+from tadistill.train.monitoring import Meter
 
 WAY = {
     "qwen3": ("ours", True, True),
@@ -83,10 +90,10 @@ def test_half_precision_does_not_hide_a_wrong_way_if_the_model_refuses_padding_o
 def test_a_memory_that_forgets_is_not_used():
     """A future family may take a cache under a name that we pass and ignore it, as Mamba does with `past_key_values`."""
     model = tiny_model("llama")
-    forward = model.forward
+    forward, memory = model.forward, cache_name(model)
 
-    def forgets(input_ids=None, past_key_values=None, use_cache=None, **kwargs):
-        return forward(input_ids=input_ids, use_cache=False, **kwargs)
+    def forgets(input_ids=None, use_cache=None, **kwargs):
+        return forward(input_ids=input_ids, use_cache=False, **{name: value for name, value in kwargs.items() if name != memory})
 
     model.forward = forgets
     assert way_of(model) == next(way for way in WAYS if way.memory == "none")
@@ -105,3 +112,20 @@ def test_what_reads_otherwise_is_refused_after_loading(kind, changes, what):
     model = tiny(kind, **changes)
     with pytest.raises(ModelError, match=f"models of type {kind} .*{what}"):
         check_reading(model)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_attention_to_cached_tokens_is_counted(kind):
+    """Also if a version of transformers gives the cache another name, as 5.24 did."""
+    model = shared_model(kind)
+    way_of(model)
+    meter, size = Meter(model, ()), size_of(model.config.to_dict())
+    with meter.counting(), meter.phase("sampling"):
+        sample(model, [(5, 6, 7, 8, 9)], rng.uniforms([0], 4, 1, "test"), eos=(), vocab=31)
+    works = [Work(5, 25, 1), *(Work(1, n, 1) for n in (6, 7, 8))]
+    assert meter.state()["parts"]["rollout/student"]["flops"] == sum(forward_flops(size, work) for work in works)
+
+
+def test_a_memory_without_keys_has_no_tokens():
+    cache = DynamicCache(config=transformers.MambaConfig(num_hidden_layers=1))
+    assert [tokens_in(memory) for memory in (cache, None, [torch.zeros(1)])] == [0, 0, 0]
