@@ -83,8 +83,9 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     """Return a study's folder and the store of its stages: of several stores, the one that has the most of them, finished or not.
 
     Studies share stages, so also the store of another study may have some. The stores are that beside the folder, that beside the folder to
-    which a link leads, and that of the runs directory. If `runs` is given, its store is the first. The first of equal stores is taken. If
-    none has a stage of the study, the store of `runs` is returned, else the first one that exists.
+    which a link leads, and that of the runs directory. If `runs` is given, its store is the first. The first of equal stores is taken, and
+    that beside a folder that is no link if it has any: the study may be running there again. If none has a stage of the study, the store of
+    `runs` is returned, else the first one that exists.
 
     Raises:
         ConfigError: another store has more of the study's stages than the store of `runs`.
@@ -97,6 +98,8 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     pairs = [at_root, *beside] if runs else [*beside, at_root]
     # os.path.isdir returns False for a folder without permission, unlike Path.is_dir
     stages = [sum(os.path.isdir(store_of(home).folder(key)) for key in keys) for _, home in pairs]
+    if not runs and not place.is_symlink():
+        stages = stages[:1] if stages[0] else stages
     exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
     folder, home = pairs[stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
     if runs and home != root:

@@ -136,7 +136,7 @@ def _conclude(console: Terminal, verdicts: Verdicts, plan: RequestEstimate) -> N
     if verdicts.unasked:
         console.say(
             f"{counted(len(verdicts.unasked), 'question was', 'questions were')} not asked, because the endpoint refused too many prompts "
-            "in a row; run the same command to ask the missing questions again"
+            "of a test set in a row; correct its limits, then run the same command to ask the missing questions again"
         )
 
 

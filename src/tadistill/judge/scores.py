@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import json
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-# After refusals for so many prompts in a row, no more questions are asked:
-_REFUSALS = 3  # if the endpoint has never answered
-_MORE_REFUSALS = 20  # if it has, and at least the number of answered prompts: the filtered prompts of a finished run are asked again
+_REFUSALS = 3  # after refusals for so many prompts, nothing more is asked if the endpoint has never answered
+# If it has, no more questions of a test set are asked after refusals for so many of its prompts in a row, and for at least as many as are
+# answered: the filtered prompts of a finished run are asked again.
+_MORE_REFUSALS = 20
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
 Scores = tuple[float, float]
@@ -127,7 +129,7 @@ def ask_all(
     for future in futures:
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error
-    if run.verdicts.refused and not run.answered:
+    if run.verdicts.refused and not any(run.answered.values()):
         run.fail(f"it has refused all questions so far, because {next(iter(run.verdicts.refused.values()))}")
     if run.failure:
         done = sum(_settled(text, settings, cache) for text in texts)
@@ -154,10 +156,14 @@ class _Run:
         """`prompts` maps the text of each question to its prompt: the set and the index."""
         self.settings, self.cache, self.ask, self.tick, self.prompts = settings, cache, ask, tick, prompts
         self.stop, self.lock, self.verdicts, self.failure = threading.Event(), threading.Lock(), Verdicts(), ""
-        self.answered = {prompt for text, prompt in prompts.items() if cache.get(question_key(settings, text))}
-        """The prompts about which the endpoint has answered a question, in this run or an earlier one."""
-        self.refused = set[tuple[str, int]]()
-        """The prompts about which it has refused a question since its last answer in this run."""
+        self.answered, self.refused = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
+        """Test set -> the prompts about which the endpoint has answered a question, in this run or an earlier one; and those about which it
+        has refused one since its last answer in this run."""
+        for text, (name, index) in prompts.items():
+            if cache.get(question_key(settings, text)):
+                self.answered[name].add(index)
+        self.closed = set[str]()
+        """The test sets of which no more questions are asked."""
 
     def settle(self, text: str) -> None:
         found = None
@@ -165,15 +171,16 @@ class _Run:
             key = question_key(self.settings, asked)
             reply = self.cache.get(key)
             if reply is None:
-                if self.stop.is_set():
+                if self.stop.is_set() or self.prompts[text][0] in self.closed:
                     return
                 reply = self._request(text, asked)
                 if reply is None:
                     return
                 self.cache.put(key, reply)
                 with self.lock:
-                    self.answered.add(self.prompts[text])
-                    self.refused.clear()
+                    name, index = self.prompts[text]
+                    self.answered[name].add(index)
+                    self.refused[name].clear()
             found = parse_scores(reply.text)
             if found is not None:
                 break
@@ -191,9 +198,12 @@ class _Run:
             with self.lock:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
-                self.refused.add(self.prompts[text])  # a prompt that is filtered or too long has a question for each arm and order
-                if len(self.refused) >= (max(_MORE_REFUSALS, len(self.answered)) if self.answered else _REFUSALS):
+                name, index = self.prompts[text]
+                self.refused[name].add(index)  # a prompt that is filtered or too long has a question for each arm and order
+                if not any(self.answered.values()) and sum(map(len, self.refused.values())) >= _REFUSALS:
                     self.stop.set()
+                if len(self.refused[name]) >= max(_MORE_REFUSALS, len(self.answered[name])):
+                    self.closed.add(name)
             return None
         except Unavailable as error:
             self.fail(str(error))
@@ -219,7 +229,7 @@ def _settled(text: str, settings: Judge, cache: Cache) -> bool:
 
 
 def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdicts, *, mode: str, against: str = REFERENCE) -> list[Row]:
-    """Return one row per arm and test set. With several sets, each arm also gets a row for the mean over sets.
+    """Return one row per arm and test set. With several sets, each arm also gets a row for the mean over sets, if every set has answers.
 
     - n is the number of compared pairs of answers (prompts x training seeds).
     - Mode pair: an arm wins if it wins in both orders. If the two orders disagree, it is a tie. win_rate = 100 (wins + ties / 2) / n.
@@ -230,7 +240,8 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
     rows: list[Row] = []
     for arm in (name for name in answers.arms if name != against):
         strata = {name: _complete(scores, answers, name, arm, against) for name in dict.fromkeys(item.set for item in answers.items)}
-        rows += make(arm, against, {name: values for name, values in strata.items() if values.size})
+        found = make(arm, against, {name: values for name, values in strata.items() if values.size})
+        rows += [row for row in found if row["set"] != MEAN or all(values.size for values in strata.values())]
     return rows
 
 

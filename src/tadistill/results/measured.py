@@ -149,6 +149,7 @@ _OF_PATH = (
     *("teacher_data", "over_spans"),  # of a teacher with another tokenizer
 )
 _OF_COMPUTE = ("steps", "epochs", "warmup", "every")  # of a distillation
+_OF_MEMORY = ("micro_batch", "tokens", "packed", "gradient_checkpointing")  # they change rounding, and which masks dropout draws
 
 
 def training_settings(store: Store, key: str) -> str:
@@ -160,9 +161,9 @@ def training_settings(store: Store, key: str) -> str:
 def _settings(store: Store, key: str) -> dict[str, Any]:
     stage = read_json(store.folder(key) / STAGE, fix=store.redo(key))
     kept = {name: value for name, value in stage["spec"].items() if name not in _OF_PATH}
-    if stage.get("kind") != "sft":
-        for part in ("optim", "select"):
-            kept[part] = {name: value for name, value in kept.get(part, {}).items() if name not in _OF_COMPUTE}
+    compute = () if stage.get("kind") == "sft" else _OF_COMPUTE
+    for part in ("optim", "select"):
+        kept[part] = {name: value for name, value in kept.get(part, {}).items() if name not in (*compute, *_OF_MEMORY)}
     return kept | {"student": _origin(store, kept.get("student"))}
 
 

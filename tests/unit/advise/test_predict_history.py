@@ -34,7 +34,7 @@ def write(runs, study, arms, *, metric="rouge_l", values=None, unfinished=(), se
                 continue
             sft = {"seed": seed, "optim": {"lr": sft_lr, "steps": 9}, "student": {"load": "scratch:gpt2", "seed": seed}}
             stage(runs, start, "sft", sft)
-            optim = {"lr": lr, "steps": flops, "warmup": flops, "epochs": None}
+            optim = {"lr": lr, "steps": flops, "warmup": flops, "epochs": None, "micro_batch": 4 if len(path) == 2 else None}
             select, taught = {"metric": metric, "every": flops}, {"teacher": {"stage": path[0]}, "student": {"stage": start}}
             taught |= {"over_spans": 3, "teacher_data": {"template": "chat"}} if len(path) == 2 else {}  # the direct teacher's tokenizer
             folder = stage(runs, key, "distill", {"seed": seed, "optim": optim, "select": select, **taught})

@@ -158,14 +158,19 @@ def test_the_store_that_has_the_stages_of_a_study_is_read(tmp_path, monkeypatch)
 
 def test_a_store_that_only_shares_a_stage_with_a_study_is_not_its_store(tmp_path, monkeypatch):
     """Its finished report was replaced by one without most arms."""
-    study, copy = placed(tmp_path / "a" / "s", tmp_path / "a", shared=tmp_path / "runs"), tmp_path / "c" / "t"
-    placed(copy, tmp_path / "runs", shared=tmp_path / "c")
+    study = placed(tmp_path / "a" / "s", tmp_path / "a", shared=tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     Path("runs/s").symlink_to(study)
     assert find_study("s", None)[1].root.resolve() == tmp_path / "a" / "store"
-    assert find_study("c/t", None)[1].root == Path("runs/store")
     with pytest.raises(ConfigError, match="which has more of its stages than runs; leave out --runs"):
         find_study("s", "runs")
+
+
+def test_a_study_that_runs_again_elsewhere_is_read_there(tmp_path, monkeypatch):
+    """The store of the finished run has more of its stages."""
+    placed(tmp_path / "new" / "s", shared=tmp_path / "new"), placed(tmp_path / "runs" / "s", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    assert find_study("new/s", None)[1].root == Path("new/store")
 
 
 def test_a_store_without_permission_has_no_stages(tmp_path, monkeypatch):

@@ -299,11 +299,23 @@ def test_a_set_that_the_endpoint_refuses_keeps_no_summary_from_being_written(jud
             assert (both["rows"], both["missing"]) == (alone["rows"], 24)
 
 
+def test_sets_behind_one_that_is_refused_are_asked():
+    def answer(text: str) -> Reply:
+        if text.startswith("long"):
+            raise Refused("it answers 400 (too long)")
+        return Reply("8 5", 1, 1)
+
+    questions = [Question(name, i, 0, "a", "b", f"{name} {i}") for name in ("short", "long", "last") for i in range(30)]
+    found = ask_all(questions, Judge(model="j", base_url="http://j", jobs=1), Memory(), answer)
+    assert (len(found.scores), len(found.refused), len(found.unasked)) == (60, 20, 10)
+
+
 def test_questions_that_were_not_asked_are_counted(judged, monkeypatch):
     monkeypatch.setattr("tadistill.judge.scores._MORE_REFUSALS", 2)
     with serve(lambda number, text: error(400, "filtered") if number > 3 else honest(number, text)) as fake:
         assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 12
-    assert "7 questions were not asked, because the endpoint refused too many prompts in a row" in " ".join(judged.said.split())
+    text = "7 questions were not asked, because the endpoint refused too many prompts of a test set in a row"
+    assert text in " ".join(judged.said.split())
 
 
 def test_newer_name_of_the_token_limit(judged):
