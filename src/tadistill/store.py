@@ -98,10 +98,9 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     pairs = [at_root, *beside] if runs else [*beside, at_root]
     # os.path.isdir returns False for a folder without permission, unlike Path.is_dir
     stages = [sum(os.path.isdir(store_of(home).folder(key)) for key in keys) for _, home in pairs]
-    if not runs and not place.is_symlink():
-        stages = stages[:1] if stages[0] else stages
+    again_here = stages[0] > 0 and not runs and not place.is_symlink()
     exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
-    folder, home = pairs[stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
+    folder, home = pairs[0 if again_here else stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
     if runs and home != root:
         raise ConfigError(
             f"study {study} lies in the runs directory {home}, which has more of its stages than {root}; leave out --runs (in Python "
@@ -114,7 +113,12 @@ def _named_keys(study: Path) -> set[str]:
     plan = study / "plan.json"
     found = [plan] if plan.is_file() else [*study.glob("*.json"), *study.glob("*/*.json")]  # a search has no plan
     files = [path for path in found if os.path.isfile(path) and os.access(path, os.R_OK)]
-    return {key for path in files for key in re.findall(r"\b[0-9a-f]{16}\b", path.read_text(errors="ignore"))}
+    return {key for path in files for key in keys_in(path)}
+
+
+def keys_in(file: Path) -> set[str]:
+    """Return all keys of stages in a text file. Raises OSError if it cannot be read."""
+    return {key.decode() for key in re.findall(rb"\b[0-9a-f]{16}\b", file.read_bytes())}
 
 
 def command_for(verb: str, study: Path, *more: str, store: "Store | None" = None) -> str:

@@ -7,7 +7,6 @@ contains the keys of all stages of a study. `advise` and `search` also write fil
 import datetime
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +21,10 @@ from tadistill.cluster.fetch import size
 from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, search_plan, study_state, unfinished
 from tadistill.errors import ConfigError, StoreError
 from tadistill.runner.local import LOG, SEARCH, is_search, local_runs
-from tadistill.store import Store
+from tadistill.store import Store, keys_in
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
-_KEY = re.compile(rb"\b[0-9a-f]{16}\b")
 _STORE = "store"
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
 _TRACKERS = ("tensorboard", "trackio", "wandb")  # folders of other programs, in studies or beside them
@@ -206,7 +204,7 @@ def _named_keys(study: Path) -> Iterator[str]:
                     if not (theirs and path.is_symlink()) or _is_study(path):
                         todo.append((path, theirs))
                 elif path.suffix == ".json":
-                    yield from (key.decode() for key in set(_KEY.findall(path.read_bytes())))
+                    yield from keys_in(path)
                 else:
                     path.stat()  # a link may lead to a study that is not there
             except OSError as error:

@@ -17,6 +17,7 @@ from tadistill.errors import ModelError
 from tadistill.models.model_files import read_or_empty
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SPECIALS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -245,6 +246,22 @@ def shared_vocabulary(tokenizer: "PreTrainedTokenizerBase", *models: "PreTrained
     """
     heads: list[Any] = [model.get_output_embeddings() for model in models]
     return min([vocabulary(tokenizer).size, *(head.weight.shape[0] for head in heads), *widths])
+
+
+def fast_tokenizer(directory: Path) -> "Tokenizer | None":
+    """Return a tokenizer that needs no torch, without truncation and padding. Return None if the directory has no tokenizer.json."""
+    file = directory / "tokenizer.json"
+    return _fast_tokenizer(file) if file.is_file() else None
+
+
+@lru_cache
+def _fast_tokenizer(file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer  # not at the top, because not every study needs it
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 # --- reading files --------------------------------------------------------------------------------------------------------

@@ -66,14 +66,8 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
 
 
 def _given_back(text: str, folder: Path) -> str:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return text
-    from tokenizers import Tokenizer  # imported here because only a model card needs it
-
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    return tokenizer.decode(tokenizer.encode(text).ids)
+    tokenizer = tokens.fast_tokenizer(folder)
+    return tokenizer.decode(tokenizer.encode(text).ids) if tokenizer else text
 
 
 def _data(results: Results) -> dict[str, Any]:

@@ -7,7 +7,6 @@ are written with the model's chat template if it is on the disk, or else as Chat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config import ModelConfig, Recipe
@@ -89,7 +88,7 @@ def _backend(model: ModelConfig, world: World) -> "Tokenizer | None":
     if source in TOKENIZERS:
         return backend(source, seed=world.seed, people=world.people)
     directory = sources.locate(source, model.revision, weights=False)
-    return _from_file(directory / "tokenizer.json") if directory and (directory / "tokenizer.json").is_file() else None
+    return tokens.fast_tokenizer(directory) if directory else None
 
 
 def vocabulary(source: str, revision: str, world: World) -> tokens.Vocabulary | None:
@@ -98,13 +97,3 @@ def vocabulary(source: str, revision: str, world: World) -> tokens.Vocabulary | 
         return tokens.of_tinyworld(source, **world.model_dump())
     directory = sources.locate(source, revision, weights=False)
     return tokens.vocabulary_of(directory) if directory else None
-
-
-@lru_cache
-def _from_file(file: Path) -> "Tokenizer":
-    from tokenizers import Tokenizer  # not at the top, because not every study needs it
-
-    backend = Tokenizer.from_file(str(file))
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
