@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rich.markup import escape
 from rich.table import Table
@@ -28,6 +28,9 @@ from tadistill.text import counted
 _STORE = "store"
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
 _TRACKERS = ("tensorboard", "trackio", "wandb")  # folders of other programs, in studies or beside them
+_Place = Literal["runs", "study", "tracker", "link"]
+"""The place of a folder: where studies stand, in a study, in the folder of a tracker, or behind a link in one of these two."""
+_READABLE = ("runs", "study")
 _SHOWN = 20  # rows of the table before the question
 _WIDEST = 1000  # characters in a line of the table of studies
 
@@ -125,7 +128,7 @@ def unneeded(runs: Path, store: Store) -> list[Unneeded]:
     """
     found = dict(_records(store))
     needed: set[str] = set()
-    todo = [key for study in _folders(runs) for key in _named_keys(study) if key in found]
+    todo = [key for study in _folders(runs) for key in _named_keys(study, store.root) if key in found]
     while todo:
         key = todo.pop()
         if key not in needed:
@@ -175,45 +178,58 @@ def _folders(runs: Path) -> list[Path]:
     return [path for path in found if os.path.isdir(path) or (path.is_symlink() and not os.path.exists(path))]
 
 
-def _named_keys(study: Path) -> Iterator[str]:
+def _named_keys(study: Path, store: Path) -> Iterator[str]:
     """Return the keys in the JSON files of a study's folder and of all folders below it, which may be studies too, such as old ones.
 
-    All of it must be readable, and links are followed. Only two things are foreign: the folders of trackers, such as W&B, and links in a
-    study whose names are none of tadistill's. They may be unreadable, and a foreign link to a folder is followed only if this is a study.
+    Links are followed, and all of it must be readable, with two exceptions: the folders of trackers, such as W&B, and links in a study that
+    tadistill has not made. Such a link may lead nowhere, and what is behind it may be unreadable; keys are read only in the studies there.
+    But beside another study, each folder and link may be a study too.
     """
-    todo, seen = [(study, False)], set[tuple[str, bool]]()  # links may lead in a circle
+    first: _Place = "runs"
+    todo, seen = [(study, first)], {(os.path.realpath(store), place) for place in get_args(_Place)}  # links may lead in a circle
     while todo:
-        folder, foreign = todo.pop()
-        if (place := (os.path.realpath(folder), foreign)) in seen:
+        folder, place = todo.pop()
+        if (visit := (os.path.realpath(folder), place)) in seen:
             continue
-        seen.add(place)
+        seen.add(visit)
         try:
-            in_study = _is_study(folder)
             with os.scandir(folder) as found:
                 paths = sorted(folder / entry.name for entry in found)
         except OSError as error:
-            if not foreign:
+            if place in _READABLE:
                 raise _unknown(study, folder, error) from error
             continue
-        foreign = not in_study and (foreign or folder.name in _TRACKERS)
+        in_study = _is_study(folder)
+        if any(os.path.isdir(path) and _is_study(path) for path in paths):
+            place = "runs"
+        elif in_study:
+            place = "study"
+        elif folder.name in _TRACKERS:
+            place = "tracker"
         for path in paths:
-            ours = path.name in _FOLDERS or path.suffix == ".json"
-            theirs = foreign or (in_study and (path.name in _TRACKERS or (path.is_symlink() and not ours)))
+            below = _below(path, place, in_study=in_study)
             try:
                 if path.is_dir():
-                    if not (theirs and path.is_symlink()) or _is_study(path):
-                        todo.append((path, theirs))
-                elif path.suffix == ".json":
+                    todo.append((path, below))
+                elif path.suffix == ".json" and place != "link":
                     yield from keys_in(path)
                 else:
                     path.stat()  # a link may lead to a study that is not there
             except OSError as error:
-                if not theirs:
+                if below in _READABLE:
                     raise _unknown(study, path, error) from error
 
 
+def _below(path: Path, place: _Place, *, in_study: bool) -> _Place:
+    if in_study and (path.name in _FOLDERS or path.suffix == ".json"):
+        return "runs"
+    if in_study and path.name in _TRACKERS:
+        return "tracker"
+    return "link" if path.is_symlink() and place != "runs" else place
+
+
 def _is_study(folder: Path) -> bool:
-    return (folder / "plan.json").is_file() or is_search(folder)
+    return os.path.isfile(folder / "plan.json") or is_search(folder)
 
 
 def _unknown(study: Path, path: Path, error: OSError) -> StoreError:

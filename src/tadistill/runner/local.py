@@ -115,7 +115,7 @@ def local_runs(study: Path) -> list[LocalRun]:
 
 def is_search(study: Path) -> bool:
     """Return True if `tadistill search` has begun or finished in a study's directory."""
-    return (study / SEARCH).is_file() or any(run.searches for run in local_runs(study))
+    return os.path.isfile(study / SEARCH) or any(run.searches for run in local_runs(study))
 
 
 @contextlib.contextmanager

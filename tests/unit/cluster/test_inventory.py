@@ -185,16 +185,43 @@ def test_a_link_of_a_study_to_a_folder_without_permission_keeps_no_stages(store,
     assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
 
 
-@pytest.mark.parametrize("link", ["old/qwen2.5-0.5b", "old/notes.txt", "mine/first/second", "group/v", "group/remote/v"])
-def test_a_link_that_leads_nowhere_deletes_nothing_also_in_a_folder_of_studies(store, tmp_path, link):
+@pytest.mark.parametrize("link", ["old/qwen2.5-0.5b", "old/notes.txt", "mine/first/second", "archive/second", "group/v", "group/remote/v"])
+def test_a_link_that_leads_nowhere_deletes_nothing_also_in_a_folder_of_studies(store, tmp_path, tmp_path_factory, link):
     """A dot in a study's name was taken for the suffix of a file, and a study called `local` made its group a study."""
-    (tmp_path / "group" / "local" / "study").mkdir(parents=True)
-    for study in ("group/local", "group/local/study", "wandb"):
-        (tmp_path / study).mkdir(exist_ok=True)
+    archive = tmp_path_factory.mktemp("archive")
+    (tmp_path / "archive").symlink_to(archive)
+    (tmp_path / "mine" / "my-archive").symlink_to(archive)
+    for study in ("group/local", "group/local/study", "wandb", "mine/first/third", "archive/first"):
+        (tmp_path / study).mkdir(parents=True, exist_ok=True)
         (tmp_path / study / "plan.json").write_text("{}")
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to("/not/mounted")
     with pytest.raises(StoreError, match=rf"{link} \(No such file.* needs are not known; mount the disk of /not/mounted"):
+        unneeded(tmp_path, store)
+
+
+@pytest.mark.parametrize("link", ["notes/data", "notes/rows.json", "notes/2024/run.log", "my-data/raw"])
+def test_a_link_that_leads_nowhere_in_a_users_folder_in_a_study_keeps_no_stages(store, tmp_path, tmp_path_factory, link):
+    """It stopped `clean`, although no study stands there."""
+    (tmp_path / "mine" / "my-data").symlink_to(tmp_path_factory.mktemp("my-data"))
+    (tmp_path / "mine" / link).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "mine" / link).symlink_to("/gone/data")
+    assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
+
+
+@pytest.mark.parametrize("link", ["mine/archive", "mine/notes/archive", "mine/wandb/archive"])
+def test_studies_behind_a_link_in_a_study_keep_their_stages(store, tmp_path, tmp_path_factory, link):
+    """The link was not followed, because it does not lead to a study itself, and `clean` offered the stages of the studies for deletion."""
+    archive = tmp_path_factory.mktemp("archive")
+    for name, key in (("one", "c"), ("2024/two", "d")):
+        (archive / name).mkdir(parents=True)
+        (archive / name / "plan.json").write_text(json.dumps({"stages": [{"key": key * 16}]}))
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(archive)
+    (archive / "circle").symlink_to(tmp_path)
+    assert unneeded(tmp_path, store) == []
+    (archive / "three").symlink_to("/not/mounted")
+    with pytest.raises(StoreError, match=r"archive/three \(No such file.*; mount the disk of /not/mounted, or correct or delete the link"):
         unneeded(tmp_path, store)
 
 
