@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-_REFUSALS = 3  # after refusals for so many prompts, nothing more is asked if the endpoint has never answered
+# If the endpoint has never answered, questions about so many prompts, spread over all sets, come first. If it refuses them, nothing more is
+# asked: a wrong setting is refused everywhere, but a filter or a limit only in some places.
+_REFUSALS = 10
 # If it has, no more questions of a test set are asked after refusals for so many of its prompts in a row, and for at least as many as are
 # answered: the filtered prompts of a finished run are asked again.
 _MORE_REFUSALS = 20
@@ -125,7 +127,8 @@ def ask_all(
     """
     texts = {question.text: (question.set, question.index) for question in questions}
     run = _Run(settings, cache, ask, tick, texts)
-    futures = in_threads(texts, run.settle, threads=settings.jobs, stop=run.stop)
+    order = texts if any(run.answered.values()) else _spread(texts)
+    futures = in_threads(order, run.settle, threads=settings.jobs, stop=run.stop)
     for future in futures:
         if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
             raise error
@@ -137,6 +140,14 @@ def ask_all(
     found = run.verdicts
     found.unasked.update(texts.keys() - found.scores.keys() - found.unparsed - found.refused.keys())
     return found
+
+
+def _spread(texts: Mapping[str, tuple[str, int]]) -> list[str]:
+    # one question each of some prompts, evenly spaced, and then all other questions in their order
+    by_prompt = {prompt: text for text, prompt in reversed(texts.items())}
+    firsts = [text for text in texts if by_prompt[texts[text]] == text]
+    count = min(_REFUSALS, len(firsts))
+    return list(dict.fromkeys([*(firsts[i * len(firsts) // count] for i in range(count)), *texts]))
 
 
 def stopped(reason: str, done: int, total: int) -> str:

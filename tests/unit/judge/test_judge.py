@@ -1,6 +1,7 @@
 """The command against an endpoint of this machine, whole and in all the ways endpoints fail."""
 
 import json
+import re
 import socket
 import sys
 import threading
@@ -235,6 +236,29 @@ def test_a_refused_first_prompt_of_all_arms_does_not_stop_the_others(judged):
     assert len(fake.asked) == 16 + 4
 
 
+def test_first_prompts_that_are_all_refused_do_not_stop_the_others(judged):
+    """A filter, or a first set of long prompts. The command failed, however often it was repeated."""
+    filtered = re.compile("dolly [0-3] of|facts [0-2] of")
+    with serve(lambda number, text: error(400, "content_filter") if filtered.search(text) else honest(number, text)) as fake:
+        found = judged(fake.url, jobs=1)
+    assert (found["missing"], {(r["arm"], r["set"]): r["n"] for r in found["rows"]}) == (28, {("good", "facts"): 3, ("bad", "facts"): 3})
+
+
+def test_a_filter_that_refuses_the_first_prompts_of_many_does_not_stop_the_others():
+    sent = []
+
+    def answer(text: str) -> Reply:
+        sent.append(text)
+        if int(text.split()[1]) < 80:
+            raise Refused("it answers 400 (content_filter)")
+        return Reply("8 5", 1, 1)
+
+    questions = [Question("dolly", i, 0, "a", "b", f"prompt {i} {order}") for i in range(100) for order in (0, 1)]
+    found = ask_all(questions, Judge(model="j", base_url="http://j", jobs=1), Memory(), answer)
+    assert found.scores.keys() >= {"prompt 80 0", "prompt 90 0"}
+    assert sent[:10] == [f"prompt {i} 0" for i in range(0, 100, 10)]
+
+
 def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged):
     with serve(honest) as fake:
         judged(fake.url, sets=["facts"], limit=1)
@@ -243,9 +267,9 @@ def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged)
         assert (found["missing"], {r["arm"]: r["n"] for r in found["rows"]}) == (20, {"good": 1, "bad": 1})
         with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 16 questions are answered"):
             judged(fake.url, sets=["dolly"], jobs=1)
-        assert len(fake.asked) == 20 + 9  # the first question of the third prompt is the last one
+        assert len(fake.asked) == 20 + 16  # fewer prompts than are asked about before the command ends
         with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 4 questions are answered"):
-            judged(fake.url, sets=["dolly"], limit=1)  # fewer prompts than the limit: nothing is rated
+            judged(fake.url, sets=["dolly"], limit=1)
 
 
 class Memory(dict):
@@ -258,8 +282,8 @@ class Memory(dict):
     ("prompts", "saved", "refused", "requests"),
     [
         (300, 1, range(1, 300), 1 + 2 * 19 + 1),  # the second question of the first prompt, and the first one of the 20th that is refused
-        (300, 0, range(10, 300), 2 * 10 + 2 * 19 + 1),
-        (300, 0, range(300), 2 * 2 + 1),
+        (300, 0, range(10, 300), 9 + 2 * 10 + 2 * 19 + 1),  # the first ten are spread over all prompts
+        (300, 0, range(300), 10),
         (300, 80, range(60, 300), 60 + 20 + 2 * 59 + 1),  # as many prompts as were answered
         (60, 1, range(0, 60, 2), 0),
         (100, 60, range(60, 100), 0),
@@ -312,9 +336,9 @@ def test_sets_behind_one_that_is_refused_are_asked():
 
 def test_questions_that_were_not_asked_are_counted(judged, monkeypatch):
     monkeypatch.setattr("tadistill.judge.scores._MORE_REFUSALS", 2)
-    with serve(lambda number, text: error(400, "filtered") if number > 3 else honest(number, text)) as fake:
-        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 12
-    text = "7 questions were not asked, because the endpoint refused too many prompts of a test set in a row"
+    with serve(lambda number, text: error(400, "filtered") if number > 1 else honest(number, text)) as fake:
+        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 14
+    text = "12 questions were not asked, because the endpoint refused too many prompts of a test set in a row"
     assert text in " ".join(judged.said.split())
 
 
