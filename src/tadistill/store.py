@@ -84,8 +84,8 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
 
     Studies share stages, so also the store of another study may have some. The stores are that beside the folder, that beside the folder to
     which a link leads, and that of the runs directory. If `runs` is given, its store is the first. The first of equal stores is taken, and
-    that beside a folder that is no link if it has any: the study may be running there again. If none has a stage of the study, the store of
-    `runs` is returned, else the first one that exists.
+    that beside a folder in which the study was last run, if it has any stage: the study may be running there again. If none has a stage of
+    the study, the store of `runs` is returned, else the first one that exists.
 
     Raises:
         ConfigError: another store has more of the study's stages than the store of `runs`.
@@ -98,7 +98,7 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     pairs = [at_root, *beside] if runs else [*beside, at_root]
     # os.path.isdir returns False for a folder without permission, unlike Path.is_dir
     stages = [sum(os.path.isdir(store_of(home).folder(key)) for key in keys) for _, home in pairs]
-    again_here = stages[0] > 0 and not runs and not place.is_symlink()
+    again_here = stages[0] > 0 and not runs and not place.is_symlink() and _last_run_in(place, beside[0][1])
     exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
     folder, home = pairs[0 if again_here else stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
     if runs and home != root:
@@ -114,6 +114,16 @@ def _named_keys(study: Path) -> set[str]:
     found = [plan] if plan.is_file() else [*study.glob("*.json"), *study.glob("*/*.json")]  # a search has no plan
     files = [path for path in found if os.path.isfile(path) and os.access(path, os.R_OK)]
     return {key for path in files for key in keys_in(path)}
+
+
+def _last_run_in(study: Path, home: Path) -> bool:
+    # False for a copy of the study; plans of earlier versions do not say where they were written
+    try:
+        return json.loads((study / "plan.json").read_text(encoding="utf-8"))["runs"] == str(home.resolve())
+    except FileNotFoundError:  # a search, which has no report that could be replaced
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def keys_in(file: Path) -> set[str]:

@@ -13,8 +13,9 @@ from tadistill.disk import write_text
 from tadistill.errors import StoreError
 from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown, summary_table
-from tadistill.report.results_json import has_scores, write_results
+from tadistill.report.results_json import reported, write_results
 from tadistill.results.collect import Results, read_results
+from tadistill.text import counted, form
 
 __all__ = ["read_results", "summary_table", "write_report"]
 
@@ -23,14 +24,17 @@ def write_report(results: Results) -> Path:
     """Write report.html, report.md, ``results.json`` and two CSV files into the study's directory. Return the path of report.html.
 
     Raises:
-        StoreError: no evaluation is in the store, but the report that is there has scores.
+        StoreError: the report that is there has numbers of stages that are not in the store.
     """
-    page = results.study_dir / "report.html"
-    if not any(results.scores.values()) and has_scores(results.study_dir):
+    page, before, plan = results.study_dir / "report.html", reported(results.study_dir), results.plan
+    lost = before - set(results.manifests)
+    if any(results.scores.values()):  # else all: an empty report says nothing about a report of another plan
+        lost &= {stage.key for stage in plan.stages}
+    if lost:
         raise StoreError(
-            f"{page.with_name('results.json')} has scores, but no evaluation of study {results.plan.study} is in the store at "
-            f"{results.store.root}, so the report is not replaced by an empty one; give --runs with the directory that has the study's "
-            "stages, or delete this file"
+            f"{page.with_name('results.json')} has numbers of {counted(len(lost), 'stage')} of study {plan.study} that "
+            f"{form(len(lost), 'is', 'are')} not in the store at {results.store.root}, so the report is not replaced by one without them; "
+            f"give --runs with the directory that has the study's stages, run `{plan.command}` to make them again, or delete this file"
         )
     write_results(results)
     write_text(page, render_page(results))

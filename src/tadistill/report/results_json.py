@@ -29,12 +29,12 @@ from tadistill.statistics import Difference
 from tadistill.text import guarded
 
 
-def has_scores(study_dir: Path) -> bool:
-    """Return True if a study's results.json has at least one number."""
+def reported(study_dir: Path) -> set[str]:
+    """Return the keys of the stages whose numbers a study's results.json has."""
     try:
-        return bool(json.loads((study_dir / "results.json").read_text(encoding="utf-8"))["rows"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return {str(row.get("stage")) for row in json.loads((study_dir / "results.json").read_text(encoding="utf-8"))["rows"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def write_results(results: Results) -> None:

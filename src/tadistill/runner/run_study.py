@@ -130,7 +130,7 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
         sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; `{copied}` works")
     if sentences:
         (console or Terminal()).note(". ".join(sentences))
-    write_json(path, content)
+    write_json(path, content | {"runs": str(runs.resolve())})
     return study
 
 

@@ -97,8 +97,24 @@ def test_an_empty_report_never_replaces_one_with_scores(elsewhere):
     (elsewhere / "results.json").write_text('{"rows": [{"value": 1}]}')
     shutil.copytree(elsewhere, "runs/demo")  # without the stages
     said = reported("demo")
-    assert "has scores, but no evaluation of study demo is in the store at runs/store, so the report is not replaced by an empty" in said
+    assert "numbers of 1 stage of study demo that is not in the store at runs/store, so the report is not replaced by one without" in said
     assert rows(Path("runs/demo")) == 1
+
+
+@pytest.mark.slow
+def test_a_poorer_report_never_replaces_one_with_more_stages(elsewhere):
+    """The store beside a copy shares some of the study's evaluations."""
+    reported(str(elsewhere))
+    shutil.copytree(elsewhere, "runs/demo")
+    before, content = rows(elsewhere), json.loads((elsewhere / "results.json").read_text())
+    for key in {row["stage"] for row in content["rows"] if row["arm"] == "direct"}:
+        shutil.copytree(store_of(elsewhere.parent).folder(key), store_of(Path("runs")).folder(key))
+    said = reported("demo")
+    assert "that are not in the store at runs/store, so the report is not replaced by one without them; give --runs with the" in said
+    assert rows(Path("runs/demo")) == before
+    (Path("runs/demo") / "results.json").unlink()
+    reported("demo")
+    assert 0 < rows(Path("runs/demo")) < before
 
 
 def test_where_a_study_is(tmp_path, monkeypatch):
@@ -168,9 +184,22 @@ def test_a_store_that_only_shares_a_stage_with_a_study_is_not_its_store(tmp_path
 
 def test_a_study_that_runs_again_elsewhere_is_read_there(tmp_path, monkeypatch):
     """The store of the finished run has more of its stages."""
-    placed(tmp_path / "new" / "s", shared=tmp_path / "new"), placed(tmp_path / "runs" / "s", tmp_path / "runs")
+    study = placed(tmp_path / "new" / "s", shared=tmp_path / "new")
+    placed(tmp_path / "runs" / "s", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
+    plan = json.loads((study / "plan.json").read_text())
+    (study / "plan.json").write_text(json.dumps({**plan, "runs": str(tmp_path / "new")}))
     assert find_study("new/s", None)[1].root == Path("new/store")
+    shutil.copytree("new/s", "copies/s")
+    for key in plan["stages"][:1]:
+        store_of(Path("copies")).folder(key["key"]).mkdir(parents=True)
+    assert find_study("copies/s", None)[1].root == Path("runs/store")  # a store beside a copy may share stages
+
+
+def test_a_plan_names_its_runs_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = save_plan(make_plan(parse(RECIPE, source="small.yaml")), Path("new"), recipe_text=RECIPE, command="")
+    assert json.loads((study / "plan.json").read_text())["runs"] == str(tmp_path / "new")
 
 
 def test_a_store_without_permission_has_no_stages(tmp_path, monkeypatch):
