@@ -90,6 +90,8 @@ def test_mistakes_are_found_by_the_plan(study, change, words):
     [
         (("return len(prediction)", "return 1 / len(prediction)"), "metrics.1: .* for the answer '' .* failed with ZeroDivisionError"),
         (("return len(prediction)", "return None"), "returned None; return a number"),
+        (("return len(prediction)", "if prediction in [*references, '']: return 1"), "returned None; return a number"),
+        (("return len(prediction)", "return len(prediction) if prediction != '?' else 'none'"), "returned 'none'; return a number"),
         (("return len(prediction)", "return float('nan')"), "returned nan; return a finite number"),
         ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 7\)"),
         (("student - teacher", "teacher - teacher"), "has no gradient to the student's logits"),
@@ -154,3 +156,10 @@ def test_a_custom_objective_is_divided_by_its_temperature():
     student, teacher = torch.randn(2, 3, 5)
     found = own_divergence(lambda s, t, scale: scale * (s - t).sum(-1))(student, teacher, temperature=2.0, scale=3.0)
     torch.testing.assert_close(found, 1.5 * (student - teacher).sum(-1))
+
+
+def test_a_metric_is_tried_on_every_test_set(study, tmp_path):
+    (tmp_path / "numbers.jsonl").write_text('{"instruction": "2 + 3", "output": "five"}\n')
+    code = CODE.replace("return len(prediction)", "return None if references == ['five'] else 1")
+    with pytest.raises(ConfigError, match=r"metrics\.1: metric `.*:size` in .*\.py, .* references \['five'\], returned None; return a number"):
+        _try_own_code(study(code, "data.test=[tinyworld, numbers.jsonl]"))

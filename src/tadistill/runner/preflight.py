@@ -239,18 +239,20 @@ def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None
 
 
 def _try_own_code(recipe: Recipe) -> None:
+    if recipe.metrics and not recipe.data.test:
+        raise ConfigError("`metrics` need a test set, but data.test names none; name one, or remove `metrics`")
+    rows = {ref.name: datasets.load(ref, "test", recipe.data) for ref in recipe.data.test} if recipe.metrics else {}
     for i, metric in enumerate(recipe.metrics):
-        if not recipe.data.test:
-            raise ConfigError("`metrics` need a test set, but data.test names none; name one, or remove `metrics`")
-        row = datasets.load(recipe.data.test[0], "test", recipe.data)[0]
         with about(f"metrics.{i}"):
-            own = {metric.name: load_function(metric.function, recipe.runtime.code)}
-            (low, high), scores = metric.row.bounds, score_own(own, [row.references[0], ""], [row, row])[metric.name]
-            if outside := [value for value in scores if not low <= value <= high]:
-                raise ConfigError(
-                    f"`{metric.name}` returned {outside[0]:g} for a row of `{recipe.data.test[0]}`, but the unit `{metric.unit}` allows "
-                    f"only {low:g} to {high:g}; change the function, or give the metric another `unit`"
-                )
+            own, (low, high) = {metric.name: load_function(metric.function, recipe.runtime.code)}, metric.row.bounds
+            for name, (row, *more) in rows.items():  # a right answer, that of another row, and two that a poor model may write
+                answers = [row.references[0], *(other.references[0] for other in more[:1]), "", "?"]
+                scores = score_own(own, answers, [row] * len(answers))[metric.name]
+                if outside := [value for value in scores if not low <= value <= high]:
+                    raise ConfigError(
+                        f"`{metric.name}` returned {outside[0]:g} for a row of `{name}`, but the unit `{metric.unit}` allows only "
+                        f"{low:g} to {high:g}; change the function, or give the metric another `unit`"
+                    )
     for method in methods(recipe):
         if isinstance(method.objective, Custom):
             with about("objective.function"):
