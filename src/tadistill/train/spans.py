@@ -79,35 +79,30 @@ def _spelled(aligned: Aligned, vocabularies: tuple[SpelledVocabulary, SpelledVoc
     return SpelledPair.of(mine, theirs, aligned.follows, compared)
 
 
-def rewards(batch: Batch) -> Tensor:
-    """Return MiniLLM's rewards log p - log q of spans (texts between common token boundaries) at the student's positions (B, T), unscaled.
+def rewards(batches: Sequence[Batch], scaled: Callable[[Tensor], Tensor], total: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return MiniLLM's rewards log p - log q of spans (texts between common token boundaries) at the student's positions (B, T), for each
+    batch of an update.
 
     `batch.values["teacher"]` has the teacher's log-probability of each span at the span's last token. The reward of a span is placed at the
-    first token after the span, because this token of the student can still change where the span ends. A span with an unknown token, and
-    text in no span, have 0 here; `with_mean_for_unread` gives them a reward.
-    """
-    of_row, unknown_BT = _of_rows(batch)
-    log_q, log_p = (batch.values[name].masked_fill(unknown_BT, 0) for name in ("student", "teacher"))
-    return span_rewards(log_q, of_row, log_p, of_row, delay=_DELAY)
+    first token after the span, because this token of the student can still change where the span ends.
 
-
-def with_mean_for_unread(rewards: Sequence[Tensor], batches: Sequence[Batch], total: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Add the rewards of text that the teacher cannot judge to the rewards of an update's batches: spans with an unknown token, and tokens
-    in no span.
-
-    Such text has the mean reward per token of the update's other text, times its number of tokens. So it leaves this mean as it is, and
-    counts like any other text of its length with an average reward. If an update has no other text, all rewards are 0.
+    The teacher cannot judge spans with an unknown token, and tokens in no span. Such text has the mean reward per token of the update's
+    other text, times its number of tokens. So it leaves this mean as it is, and counts like any other text of its length with an average
+    reward. If an update has no other text, all rewards are 0.
 
     Args:
-        rewards: (B, T) for each batch, from `rewards`.
+        scaled: a function that scales and clips rewards. The mean is that of scaled rewards.
         total: a function that sums a tensor over all processes. Every process calls it, also one without such text.
     """
     places = [_of_rows(batch) for batch in batches]
-    known = [((of_row >= 0) & ~unknown_BT).sum() for of_row, unknown_BT in places]
-    here = [torch.stack([own.double().sum(), tokens.double()]) for own, tokens in zip(rewards, known, strict=True)]
-    reward, tokens = total(torch.stack(here).sum(0)).unbind()
+    judged, sums = list[Tensor](), list[Tensor]()
+    for batch, (of_row, unknown_BT) in zip(batches, places, strict=True):
+        log_q, log_p = (batch.values[name].masked_fill(unknown_BT, 0) for name in ("student", "teacher"))
+        judged.append(scaled(span_rewards(log_q, of_row, log_p, of_row, delay=_DELAY)))
+        sums.append(torch.stack([judged[-1].double().sum(), ((of_row >= 0) & ~unknown_BT).sum().double()]))
+    reward, tokens = total(torch.stack(sums).sum(0)).unbind()
     mean, found = (reward / tokens.clamp(min=1)).float(), list[Tensor]()
-    for own, batch, (of_row, unknown_BT) in zip(rewards, batches, places, strict=True):
+    for own, batch, (of_row, unknown_BT) in zip(judged, batches, places, strict=True):
         in_spans = span_rewards(torch.zeros_like(own), of_row, torch.where(unknown_BT, mean, 0.0), of_row, delay=_DELAY)
         found.append(own + in_spans + torch.where(batch.mask_BT & (of_row < 0), mean, 0.0))
     return found

@@ -295,9 +295,11 @@ def _likelihood(batch: Batch, weight: float = 1.0, name: str = "cross_entropy") 
 
 def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Batch], total: Sum) -> list[Batch]:
     # the advantage of a token is the return of the scaled rewards; `whitening` normalises it over the whole update
-    rewards = [_rewards(objective, batch) for batch in batches]
-    if batches[0].aligned is not None:
-        rewards = spans.with_mean_for_unread(rewards, batches, total)
+    scaled = partial(_scaled, objective)
+    if batches[0].aligned is None:
+        rewards = [scaled(batch.values["teacher"] - batch.values["student"]) for batch in batches]
+    else:
+        rewards = spans.rewards(batches, scaled, total)
     settings = objective.model_dump(include={"discount", "include_current", "length_normalisation"})
     found = [objectives.returns(r, b.mask_BT, **settings) for r, b in zip(rewards, batches, strict=True)]
     if objective.whitening != "none":
@@ -309,9 +311,8 @@ def _advantages(objective: config.MiniLLM, max_new_tokens: int, batches: list[Ba
     return [replace(b, values=b.values | {"advantage": a}) for a, b in zip(found, batches, strict=True)]
 
 
-def _rewards(objective: config.MiniLLM, batch: Batch) -> Tensor:
-    found = batch.values["teacher"] - batch.values["student"] if batch.aligned is None else spans.rewards(batch)
-    rewards = found / objective.reward_scale
+def _scaled(objective: config.MiniLLM, rewards: Tensor) -> Tensor:
+    rewards = rewards / objective.reward_scale
     return rewards if objective.reward_clip is None else rewards.clamp(-objective.reward_clip, objective.reward_clip)
 
 

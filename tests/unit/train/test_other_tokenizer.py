@@ -369,7 +369,7 @@ def test_minillm_has_the_rewards_of_spans():
             expected = torch.stack([rewards[t:].sum() / (n - t) for t in range(n)])
             start = len(s.prompt) - 1
             torch.testing.assert_close(batch.values["advantage"][b, start : start + n], expected.detach(), atol=1e-4, rtol=1e-4)
-            assert float(spans.rewards(batch)[b].sum()) == pytest.approx(float(rewards.sum().detach()), abs=1e-4)
+            assert float(rewards_of([batch])[0][b].sum()) == pytest.approx(float(rewards.sum().detach()), abs=1e-4)
     found = losses(made, student, batches)
     total = sum(len(s.response) for s in sampled(batches))
     surrogate = torch.zeros(())
@@ -518,7 +518,7 @@ def scored(text: str, *, end: bool = True) -> Sequence:
 
 
 def rewards_of(batches: list, total=lambda values: values) -> list[torch.Tensor]:
-    return spans.with_mean_for_unread([spans.rewards(batch) for batch in batches], batches, total)
+    return spans.rewards(batches, lambda values: values, total)
 
 
 def advantages(batches: list, total=lambda values: values, **settings) -> list[torch.Tensor]:
