@@ -161,5 +161,5 @@ def test_a_custom_objective_is_divided_by_its_temperature():
 def test_a_metric_is_tried_on_every_test_set(study, tmp_path):
     (tmp_path / "numbers.jsonl").write_text('{"instruction": "2 + 3", "output": "five"}\n')
     code = CODE.replace("return len(prediction)", "return None if references == ['five'] else 1")
-    with pytest.raises(ConfigError, match=r"metrics\.1: metric `.*:size` in .*\.py, .* references \['five'\], returned None; return a number"):
+    with pytest.raises(ConfigError, match=r"metrics\.1: metric .* references \['five'\], returned None; return a number"):
         _try_own_code(study(code, "data.test=[tinyworld, numbers.jsonl]"))
