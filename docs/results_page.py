@@ -1,5 +1,6 @@
 """What the scripts that write pages of docs/results share: they read a study, and write tables and the page."""
 
+import json
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from tadistill.errors import TadistillError
 from tadistill.results.collect import MEAN, Results, read_results
 from tadistill.results.compare import difference
 from tadistill.results.number_text import DASH, gap_text, summary_text
+from tadistill.results.study import ArmRecord
 from tadistill.store import runs_directory, store_of
 
 HERE = Path(__file__).parent
@@ -27,6 +29,19 @@ def read_study(name: str, needed: Sequence[str] | None = None) -> Results:
     if missing:
         sys.exit(f"These arms of {name} are not evaluated: {', '.join(missing)}. Run `{results.plan.command}` first.")
     return results
+
+
+def steps_of(results: Results) -> dict[str, int | None]:
+    """Return the number of updates of each stage of a study's plan, by the stage's key. It is None for stages without training."""
+    plan = json.loads((results.study_dir / "plan.json").read_text(encoding="utf-8"))
+    return {stage["key"]: stage["steps"] for stage in plan["stages"]}
+
+
+def updates_text(results: Results, arm: ArmRecord) -> str:
+    """Return the updates of an arm's distillations and continued fine-tuning as text, such as `m 200, s 100`. It may be empty."""
+    steps, stages = steps_of(results), results.plan.ancestors(arm.final[min(arm.final)])
+    own = [stage for stage in reversed(stages) if stage.kind == "distill" or "continued" in stage.label]
+    return ", ".join(f"{stage.model} {steps[stage.key]:,}" for stage in own)
 
 
 def cell(results: Results, arm: str, metric: str, of_set: str = MEAN) -> str:

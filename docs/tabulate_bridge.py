@@ -8,20 +8,20 @@ Learning rates on another world are not part of this study; the template has the
 
 from functools import partial
 
-from results_page import cell, gap, read_study, table, write_page
+from results_page import cell, gap, read_study, table, updates_text, write_page
 
 METRIC = "fact_accuracy"
 ARMS = {
-    "teacher": ("`t`", "", ""),
-    "start": ("`s`", "the student before distillation", ""),
-    "direct": ("`t ~> s`", "scores of the student's text, over spans", "s 320"),
-    "seqkd": ("`t ~> s`", "text", "s 697"),
-    "bridge-spans": ("`t ~> a > s`", "scores of the assistant's text, over spans", "a 160, s 128"),
-    "bridge-text": ("`t ~> b > s`", "text; the last step is on-policy reverse KL", "b 222, s 224"),
-    "text-chain": ("`t ~> b > s`", "text, in both steps", "b 239, s 239"),
-    "sft": ("`s`", "no teacher: the reference answers", "s 801"),
+    "teacher": ("`t`", ""),
+    "start": ("`s`", "the student before distillation"),
+    "direct": ("`t ~> s`", "scores of the student's text, over spans"),
+    "seqkd": ("`t ~> s`", "text"),
+    "bridge-spans": ("`t ~> a > s`", "scores of the assistant's text, over spans"),
+    "bridge-text": ("`t ~> b > s`", "text; the last step is on-policy reverse KL"),
+    "text-chain": ("`t ~> b > s`", "text, in both steps"),
+    "sft": ("`s`", "no teacher: the reference answers"),
 }
-"""Arm -> its path, what passes the step between the tokenizers, and its updates, which the plan shows."""
+"""Arm -> its path, and what passes the step between the tokenizers."""
 COMPARED = [
     *(("bridge-spans", "seqkd"), ("bridge-text", "seqkd"), ("text-chain", "seqkd"), ("bridge-text", "text-chain")),
     *(("bridge-text", "direct"), ("bridge-spans", "direct"), ("direct", "start"), ("seqkd", "direct"), ("seqkd", "sft")),
@@ -38,7 +38,9 @@ def main() -> None:
     """Write the page."""
     results = read_study("tinyworld-bridge")
     columns = ["arm", "path", "what passes the step between tokenizers", "updates"]
-    arms = [[f"`{arm}`", *words, cell(results, arm, METRIC), cell(results, arm, "bits_per_byte")] for arm, words in ARMS.items()]
+    updates = {arm: updates_text(results, results.arm(arm)) for arm in ARMS}
+    scores = {arm: [cell(results, arm, metric) for metric in (METRIC, "bits_per_byte")] for arm in ARMS}
+    arms = [[f"`{arm}`", *words, updates[arm], *scores[arm]] for arm, words in ARMS.items()]
     gaps = [[f"`{arm}` − `{other}`", gap(results, arm, other, METRIC, bold=True)] for arm, other in COMPARED]
     distances = [[f"`{arm}`", *(cell(results, arm, metric) for metric in DISTANCES)] for arm in ARMS if arm != "teacher"]
     write_page(

@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from results_page import HERE, RUNS, read_study, table, write_page
+from results_page import HERE, RUNS, read_study, steps_of, table, updates_text, write_page
 
 from tadistill.report.figures.compute import curve_sentences
 from tadistill.results.budget_curves import BudgetCurve, BudgetPoint, budget_curves
@@ -70,8 +70,7 @@ class Study:
     def read(cls, name: str) -> "Study":
         """Read a student's study. Only the arms that the page always names must be finished."""
         results = read_study(STUDIES[name], ("teacher", "start", REFERENCE, *TEACHING))
-        stages = json.loads((results.study_dir / "plan.json").read_text(encoding="utf-8"))["stages"]
-        return cls(name, results, {stage["key"]: stage["steps"] for stage in stages})
+        return cls(name, results, steps_of(results))
 
     @property
     def curves(self) -> dict[str, BudgetCurve]:
@@ -174,7 +173,7 @@ def largest_table(study: Study) -> str:
     for name, arm in {"teacher": study.results.arm("teacher"), "start": study.results.arm("start"), **arms}.items():
         cells = [summary_text(study.mean(arm.name, metric), metric) for metric in metrics]
         own = flops_text(_own_flops(study.results, arm)) if name in arms else DASH
-        rows.append([f"`{name}`", _updates(study, arm) or DASH, own, *cells])
+        rows.append([f"`{name}`", updates_text(study.results, arm) or DASH, own, *cells])
     return table(["arm", "updates", "FLOPs", *metrics.values()], rows, left=("arm", "updates"))
 
 
@@ -263,12 +262,6 @@ def deviation(studies: dict[str, Study]) -> str:
                 off = abs(_own_flops(study.results, study.results.arm(p.arm)) / (p.times * unit) - 1)
                 found[p.times > 1] = max(off, found.get(p.times > 1, 0.0))
     return f"{100 * found[False]:.0f} % at 1× and {100 * found[True]:.0f} % at larger budgets"
-
-
-def _updates(study: Study, arm: ArmRecord) -> str:
-    stages = study.results.plan.ancestors(arm.final[min(arm.final)])
-    own = [s for s in reversed(stages) if s.kind == "distill" or "continued" in s.label]
-    return ", ".join(f"{s.model} {study.steps[s.key]:,}" for s in own)
 
 
 def _own_flops(results: Results, arm: ArmRecord) -> float:

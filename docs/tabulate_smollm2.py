@@ -4,14 +4,13 @@ tadistill run recipes/takd/smollm2-cpu.yaml
 python docs/tabulate_smollm2.py [RUNS]
 """
 
-import json
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from results_page import HERE, cell, gap, read_study, table, write_page
+from results_page import HERE, cell, gap, read_study, steps_of, table, write_page
 
 from tadistill.results.collect import MEAN, Results
 from tadistill.results.compare import difference
@@ -94,9 +93,7 @@ def pairs_table(results: Results) -> str:
 
 def stages_table(results: Results) -> str:
     """Return one row per training with its updates, dev loss before its end, FLOPs and seconds."""
-    plan = json.loads((results.study_dir / "plan.json").read_text(encoding="utf-8"))
-    steps = {stage["key"]: stage["steps"] for stage in plan["stages"]}
-    rows = []
+    steps, rows = steps_of(results), []
     for stage in results.plan.stages:
         manifest = results.manifests.get(stage.key)
         if manifest is None or stage.kind not in ("sft", "distill"):
