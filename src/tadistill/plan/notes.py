@@ -4,6 +4,7 @@ A loss is not exact if a server or a recording has only a part of a teacher's di
 student. FLOPs are not complete if a teacher is behind an API.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import product
@@ -187,12 +188,13 @@ def seen_notes(recipe: Recipe) -> Iterator[str]:
 
 
 def _engines(plan: Plan) -> Iterator[str]:
-    found = [stage.kind for stage in vllm_stages(plan.stages.values())]
+    found, settings = vllm_stages(plan.stages.values()), plan.recipe.runtime.vllm
     if found:
-        kinds = ", ".join(f"{found.count(kind)} {kind}" for kind in dict.fromkeys(found))
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(stage.kind for stage in found).items())
+        awake = "; a training on a GPU needs it only while it samples" if settings.sleep and any(s.spec.trains for s in found) else ""
         yield (
-            f"vLLM samples the text of {counted(len(found), 'stage')} ({kinds}), in a process of its own. The memory in the table does not "
-            "include the memory of this process (`runtime.vllm.memory`)."
+            f"vLLM samples the text of {counted(len(found), 'stage')} ({kinds}), in a process of its own. The table adds its memory "
+            f"(`runtime.vllm.memory`) as + {settings.memory:.0%} of a GPU, or of the machine without a GPU{awake}."
         )
 
 

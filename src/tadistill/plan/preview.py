@@ -18,7 +18,7 @@ from tadistill.plan.arms import Plan, PlannedArm
 from tadistill.plan.graph import Stage, distinct_labels, table_lines, total_flops, with_ancestors
 from tadistill.plan.notes import ASKED, counts_asked, plan_notes
 from tadistill.plan.paths import lossy_steps
-from tadistill.plan.task import check_sources, process_bytes
+from tadistill.plan.task import check_sources, process_bytes, uses_vllm
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 from tadistill.terminal import Terminal
@@ -115,7 +115,8 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         key = (first.key if wide else first.key[:8]) if alone else ""
         state = "[green]done[/]" if done else "[yellow]to run[/]"
         needs = process_bytes(plan, first, cuda=throughput.gpus() > 0)
-        memory = f"{needs / 1e9:.2g} GB" if needs else "–"
+        share = f" + {plan.recipe.runtime.vllm.memory:.0%}" if uses_vllm(first.spec) else ""
+        memory = f"{needs / 1e9:.2g} GB{share}" if needs else "–"
         seconds = [store.manifest(s.key).get("seconds") if done else throughput.seconds(s.cost, speeds) for s in stages]
         parents = " ".join(key[:6] for key in dict.fromkeys(first.parents.values())) if alone else ""
         cells = [key, state, _flops_of(stages), _time(seconds), memory, escape(text)]

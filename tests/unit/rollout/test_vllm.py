@@ -1,11 +1,13 @@
 """What vLLM is given: a model's weights by their names in a file, in memory that another process maps. tests/e2e/test_vllm.py runs vLLM."""
 
+import io
 import subprocess
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tests.conftest import tiny_model
 from tests.families import tiny
@@ -19,6 +21,7 @@ from tadistill.config.model import Lora
 from tadistill.errors import ConfigError, ModelError, StageFailed
 from tadistill.models.modify import adapt, merged, plain_weights
 from tadistill.plan.arms import make_plan
+from tadistill.plan.preview import preview
 from tadistill.plan.task import layout, make_task, planned_memory, process_bytes
 from tadistill.rollout.vllm import Launch, Vllm, _environment, _SharedMemory
 from tadistill.runner import preflight, schedule
@@ -188,6 +191,18 @@ def test_the_share_of_vllm_is_a_part_of_what_a_stage_needs(sleep, kind):
     native = planned(None)
     stage = next(stage for stage in native.stages.values() if stage.kind == kind)
     assert process_bytes(native, stage, cuda=True, of_gpu=gpu) == process_bytes(native, stage, cuda=True)
+
+
+@pytest.mark.parametrize("sleep", [True, False])
+def test_the_plan_shows_the_share_of_vllm(sleep, tmp_path):
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(preview(planned(runtime={"vllm": {"memory": 0.4, "sleep": sleep}}), Store(tmp_path), 250))
+    text = console.export_text()
+    lines = [line for line in text.splitlines() if "to run" in line]
+    shown = {line for line in lines if " GB + 40%  " in line}
+    assert shown == {line for line in lines if "  distill " in line}
+    assert "as + 40% of a GPU, or of the machine without a GPU" in text
+    assert ("only while it samples" in text) == sleep
 
 
 def test_a_gpu_without_room_for_the_share_of_vllm_is_refused(monkeypatch):
