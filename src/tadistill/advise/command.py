@@ -48,6 +48,7 @@ from tadistill.metrics import NOT_COMPARABLE
 from tadistill.plan.arms import Plan, ProbePlan, make_plan
 from tadistill.plan.graph import Stage
 from tadistill.results.number_text import TIMES, parameters_text
+from tadistill.runner.local import result_written
 from tadistill.runner.run_study import fetch_models, method_text
 from tadistill.runner.schedule import check_first, run_stages
 from tadistill.search.strategies import path_name
@@ -98,7 +99,7 @@ def advise_recipe(
     command = shlex.join(["tadistill", "advise", source, *(repeated := [*overrides, *options])])
     known = edge_measures(measures)
     record = measured(recipe.study, command, measures, with_earlier(study, known)) | {"stages": list(probes.plan.stages)}
-    write_json(study / MEASURES, record)  # `history` reads the measures of this study's own finished arms from here
+    _save(study, record)  # `history` reads the measures of this study's own finished arms from here
     past = history(runs)
     commands = Commands(recipe, planned, store, past, priced[found.teacher, found.student].flops)
     advice, metric = _advice(paths, found, priced, known, commands)
@@ -127,6 +128,11 @@ def advise_recipe(
     for path in (study / MEASURES, page):
         console.say(f"{'page' if path == page else 'data'}: {path}")
     return page
+
+
+def _save(study: Path, record: dict[str, Any]) -> None:
+    write_json(study / MEASURES, record)
+    result_written(study, "advise")
 
 
 def _planner(source: str, overrides: Sequence[str]) -> Callable[[Sequence[str]], Plan]:

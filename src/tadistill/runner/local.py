@@ -3,7 +3,8 @@
     RUNS/STUDY/run.log                 every line of every run of the study, with the time and the process id
     RUNS/STUDY/local/HOST-PID.json     the state of one run; it is written again every few seconds while the run goes on
 
-A record stays after its run has ended. The next run of the study deletes the records of ended runs.
+A record stays after its run has ended. The next run of the study deletes the records of ended runs. But until `tadistill search` and
+`advise` write their results, only their records name their stages, so no other command deletes these records.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ LOG = "run.log"
 SEARCH = "search.json"
 """Name of a study's file with the result of `tadistill search`."""
 _RECORDS = "local"
+_LATE = ("search", "advise")  # commands that name their stages in a file at their end; others write plan.json before
 _EVERY = 5.0
 """The record is written again after this number of seconds, even if no stage has started or ended."""
 _SILENT, _PLANNING = 120.0, 3600.0
@@ -75,15 +77,27 @@ class LocalRun:
     """Failed stages by key, each with the reason."""
     needs: list[str] = field(default_factory=list)
     """Keys of all stages of the run, for a search also those of its earlier rounds, which `tadistill clean` keeps."""
+    earlier: list[str] = field(default_factory=list)
+    """Keys of stages of ended runs of the same command, which are kept until it writes its result."""
 
     @property
     def name(self) -> str:
         return f"{self.host}:{self.pid}"
 
     @property
+    def verb(self) -> str:
+        """The name of the run's command, such as `search`."""
+        return " ".join(self.command.split()[1:2])
+
+    @property
+    def named(self) -> list[str]:
+        """The keys of all stages that the record keeps."""
+        return [*self.needs, *self.earlier]
+
+    @property
     def searches(self) -> bool:
         """True if the run is one of `tadistill search`."""
-        return self.command.startswith("tadistill search ")
+        return self.verb == "search"
 
     @property
     def planning(self) -> bool:
@@ -147,6 +161,15 @@ def about_planning(run: LocalRun) -> str:
     return f"process {run.pid} on {run.host} (started {run.started}) is planning the study, and checks its models and data"
 
 
+def result_written(study: Path, verb: str) -> None:
+    """Remove the stages from the records of a command's ended runs: its result, which has just been written, names those it needs."""
+    for run in local_runs(study):
+        if run.verb == verb and run.state != "running" and run.named:
+            run.needs, run.earlier = [], []
+            with contextlib.suppress(StoreError):  # the stages are kept longer
+                write_json(_record(study, run), asdict(run))
+
+
 class Journal:
     """Writes run.log and the record of this process's run. If the files cannot be written, this is reported once, and the run goes on."""
 
@@ -157,7 +180,11 @@ class Journal:
         self.run.needs = list(needs)
         for old in local_runs(study):
             own = old.name == self.run.name and old.born == self.run.born  # of an earlier round of a search
-            if old.state != "running" and not own:
+            late = old.state != "running" and old.verb in _LATE and old.named
+            if late and old.verb == self.run.verb:
+                self.run.earlier = [*dict.fromkeys([*self.run.earlier, *old.named])]
+                self.save()  # before the old record is deleted
+            if old.state != "running" and not own and (not late or old.verb == self.run.verb):
                 with contextlib.suppress(OSError):  # if nothing can be written, `save` says so
                     _record(study, old).unlink(missing_ok=True)
 

@@ -24,6 +24,7 @@ from tadistill.plan.arms import make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage, total_flops, with_ancestors
 from tadistill.plan.paths import with_parents
+from tadistill.runner.local import result_written
 from tadistill.runner.run_study import fetch_models
 from tadistill.runner.schedule import check_first, run_stages
 from tadistill.search import strategies
@@ -74,6 +75,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
         distillations=sum(stage.kind == "distill" for stage in training.stages.values()),
     )
     confirm = write_choice(choice, recipe, runs / recipe.study)
+    result_written(runs / recipe.study, "search")
     console.print(choice_table(choice))
     for note in choice_notes(choice, confirm, runs):
         console.say(note)

@@ -157,6 +157,28 @@ def test_a_search_keeps_the_stages_of_earlier_rounds(plan, study):
             assert run.needs == [*dict.fromkeys([*needs, first, second])]
 
 
+@pytest.mark.parametrize("verb", ["search", "advise"])
+def test_a_run_does_not_delete_what_alone_names_the_stages_of_a_search(study, monkeypatch, verb):
+    """`tadistill clean` offered the stages of an interrupted search after a run of a study with the same name."""
+
+    def ended(command: str, *needs: str) -> list[list[str]]:
+        monkeypatch.setattr("sys.argv", ["tadistill", *command.split()])
+        monkeypatch.setattr("platform.node", lambda: f"host-of-{'-'.join(needs)}")
+        run = Journal(study, done=0, total=2, complain=pytest.fail, needs=needs)
+        run.run.ended = "interrupted"
+        run.save()
+        return [sorted({*run.named}) for run in local_runs(study)]
+
+    assert ended(f"{verb} small.yaml", "a", "b") == [["a", "b"]]
+    assert ended("run small.yaml", "c") == [["a", "b"], ["c"]]
+    assert ended("run small.yaml", "d") == [["a", "b"], ["d"]]
+    local.result_written(study, "judge")
+    assert ended(f"{verb} small.yaml", "a", "e") == [["a", "b", "e"]]  # it has not come to stage b yet
+    assert ended(f"{verb} small.yaml", "a", "e") == [["a", "b", "e"]]  # the next round
+    local.result_written(study, verb)
+    assert ended("run small.yaml", "f") == [["f"]]
+
+
 def test_an_old_record_that_cannot_be_deleted_ends_nothing(study, monkeypatch):
     old = journal(study)
     old.run.host, old.run.ended = "elsewhere", "failed"
