@@ -10,6 +10,7 @@ A reader never sees an incomplete file. There are four ways to write a file or a
 
 import errno
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -19,13 +20,17 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from tadistill.errors import ConfigError, StoreError, TadistillError, did_you_mean, leads_nowhere
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
+_LOCK = ".tadistill.lock"  # in the temporary folder of a process that publishes
 
 
 def cache_root() -> Path:
@@ -203,15 +208,18 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def publishing(target: Path) -> Iterator[Path]:
+def publishing(target: Path, *, alone: bool = False) -> Iterator[Path]:
     """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
-    Several processes may create the same target at the same time. The first one is kept, and the others are deleted. Raises StoreError if
-    the target cannot be written. Other errors of the block, such as a source that cannot be read, are raised as they are.
+    Several processes may create the same target at the same time. The first one is kept, and the others are deleted. With `alone`, the
+    others raise a StoreError. What a killed process has left beside the target is deleted. Raises StoreError if the target cannot be
+    written. Other errors of the block, such as a source that cannot be read, are raised as they are.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _delete_leftovers(target)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        lock = _locked(work)
     try:
         try:
             yield work / target.name
@@ -227,17 +235,53 @@ def publishing(target: Path) -> Iterator[Path]:
                 # A folder cannot replace a folder that is not empty: another process was first, with the same content.
                 if not target.is_dir():
                     raise
+                if alone:
+                    raise _appeared(target) from None
     finally:
+        lock.release()
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _locked(work: Path) -> "FileLock":
+    # while a process lives, it has the lock of its folder; the lock gets its name when it is acquired, so nobody can be faster
+    from filelock import FileLock  # here: it loads asyncio
+
+    lock = FileLock(work / "new.lock")
+    with suppress(OSError, NotImplementedError):  # without locks on this disk, leftovers stay
+        lock.acquire(timeout=0)
+        os.rename(work / "new.lock", work / _LOCK)
+    return lock
+
+
+def _delete_leftovers(target: Path) -> None:
+    from filelock import FileLock
+
+    for work in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        with suppress(OSError, NotImplementedError):  # a process writes there, or has just ended
+            if _LOCK in (names := set(os.listdir(work))) and names <= {_LOCK, target.name}:
+                with FileLock(work / _LOCK).acquire(timeout=0):
+                    pass
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def _appeared(folder: Path) -> StoreError:
+    return StoreError(
+        f"{folder} has been filled by another process in the meantime, so nothing is written there; give the name of a new directory"
+    )
 
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write to. `folder`, which is new or empty, has its files when the block ends without an error, and else none."""
+    """Yield a folder to write to. `folder`, which is new or empty, has its files when the block ends without an error, and else none.
+
+    Raises StoreError if another process has filled the folder in the meantime.
+    """
     if not folder.exists():
-        with publishing(folder.resolve()) as temporary:
+        with publishing(folder.resolve(), alone=True) as temporary:
             yield temporary
         return
+    if any(folder.iterdir()):
+        raise _appeared(folder)
     try:  # it may be a mount point or the working directory, which cannot be replaced
         yield folder
     except BaseException:

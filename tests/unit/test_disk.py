@@ -1,12 +1,14 @@
 """One writer for all files, digests, and JSON that may be damaged."""
 
 import os
+import signal
 
 import pytest
 
 from tadistill.disk import (
     cache_root,
     digest,
+    filling,
     from_home,
     no_file,
     publishing,
@@ -144,6 +146,52 @@ def test_an_unknown_home_folder_does_not_hide_an_error_of_writing(tmp_path, monk
     monkeypatch.setenv("TADISTILL_CACHE", "~nobody-here/x")
     with pytest.raises(StoreError, match=r"cannot write .*: No space left on device; free some space"), writing(tmp_path):
         raise OSError(28, "No space left on device")
+
+
+def test_a_folder_that_another_process_has_filled_is_said(tmp_path):
+    """The second of two exports into one new folder said that it has written it."""
+    target, said = tmp_path / "new", "new has been filled by another process in the meantime, so nothing is written there; give the name"
+
+    def fill(text: str) -> None:
+        with filling(target) as folder:
+            if text == "second":
+                fill("first")
+            folder.mkdir(exist_ok=True)
+            (folder / "file").write_text(text)
+
+    with pytest.raises(StoreError, match=said):
+        fill("second")
+    with pytest.raises(StoreError, match=said):  # it appeared before anything was copied
+        fill("third")
+    assert (target / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
+    target, process = tmp_path / "a[1]", os.fork()
+    if not process:
+        with publishing(target) as folder:
+            folder.mkdir()
+            (folder / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(process, 0)
+    (left,) = tmp_path.iterdir()
+    for folder in (".a[1].mine", ".a[1].old/a[1]", ".a1.b"):  # nobody knows whose they are
+        (tmp_path / folder).mkdir(parents=True)
+    others = {*tmp_path.iterdir()} - {left}
+    with publishing(target) as first, publishing(target) as second:
+        assert first.parent.is_dir()  # it is being written
+        second.mkdir()
+        first.mkdir()
+    assert {*tmp_path.iterdir()} == {*others, target}
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
+def test_a_disk_without_locks_can_be_written(tmp_path, monkeypatch, error):
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: (_ for _ in ()).throw(error))
+    with publishing(tmp_path / "a") as folder:
+        folder.mkdir()
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_missing_file_is_not_suggested_by_its_own_name(tmp_path):
