@@ -91,12 +91,12 @@ def test_a_pruned_model_is_that_of_its_layers_or_is_refused_before_work(kind, tm
     tokenizer = word_tokenizer(VOCAB - 3)
     for keep in dict.fromkeys(((0, total - 1), tuple(range(1, total, 2)), tuple(range(total)))):
         with naming(keep):
+            if built and len(keep) == total:  # the whole model is pruned only where no other list is accepted
+                break
             try:
                 check_depth(model.config, keep)
             except (ConfigError, ModelError):
                 continue
-            if built and len(keep) == total:  # the whole model is pruned only where no other list is accepted
-                break
             pruned = _pruned(model, keep)  # what `prune_depth` does after `check_depth`
             assert_same_weights(model, pruned, keep)
             expected = logits(pruned)
@@ -105,9 +105,16 @@ def test_a_pruned_model_is_that_of_its_layers_or_is_refused_before_work(kind, tm
             if not built:
                 save_model(pruned, tokenizer, tmp_path)
                 torch.testing.assert_close(logits(load_model(tmp_path)), expected, atol=1e-5, rtol=1e-5)
-                assert_agrees(pruned, leaves=False)
+                if layers_differ(model):
+                    assert_agrees(pruned, leaves=False)
             built += 1
     assert bool(built) != (kind in NO_STACK)
+
+
+def layers_differ(model):
+    """Whether the layers are of several kinds. If not, a pruned model samples as the whole one does in the test above."""
+    layers = model.get_submodule(_stack(model, model.config.num_hidden_layers))
+    return len({str(layer) for layer in layers}) > 1 or len({*(getattr(model.config, "layer_types", None) or ())}) > 1
 
 
 def assert_same_weights(model, pruned, keep):
