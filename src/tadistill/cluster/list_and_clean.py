@@ -185,8 +185,8 @@ def _named_keys(study: Path, store: Path) -> Iterator[str]:
     tadistill has not made. Such a link may lead nowhere, and what is behind it may be unreadable; keys are read only in the studies there.
     But beside another study, each folder and link may be a study too.
     """
-    first: _Place = "runs"
-    todo, seen = [(study, first)], {(os.path.realpath(store), place) for place in get_args(_Place)}  # links may lead in a circle
+    todo: list[tuple[Path, _Place]] = [(study, "runs")]
+    seen = {(os.path.realpath(store), place) for place in get_args(_Place)}  # links may lead in a circle
     while todo:
         folder, place = todo.pop()
         if (visit := (os.path.realpath(folder), place)) in seen:
