@@ -113,14 +113,19 @@ class _Made(NamedTuple):
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, ledger: Ledger | None = None):
-        check_entries(recipe)
+    def __init__(self, recipe: Recipe, ledger: Ledger | None = None, like: "_Planner | None" = None):
+        # `like` is a planner of the same recipe, which has read its models and data sets already
+        if like is None:
+            check_entries(recipe)
         self.recipe = recipe
         self.graph = Graph()
-        self.ledger = ledger or Ledger(recipe)
+        self.ledger = like.ledger if like else ledger or Ledger(recipe)
         self.teacher = original_teacher(recipe) if recipe.analyse else None
-        self.tokens = StudyTokens(recipe, self.teacher)
+        self.tokens = like.tokens if like else StudyTokens(recipe, self.teacher)
         self.stages = StageBuilder(recipe, self.graph, self.ledger, lambda arm, seed: self._path_of(arm, seed)[-1], self.tokens)
+        if like:
+            self.stages.sets = like.stages.sets
+        self.budgets = Budgets(recipe, self.stages, self.graph, self._trial)
         self.making: list[str] = []  # arms that are being planned; each sets a temperature for the arm before it
 
     def plan(self) -> Plan:
@@ -154,8 +159,7 @@ class _Planner:
         return Plan(self.recipe, self.teacher, stages, arms, self.tokens, absent, unknown)
 
     def _arm(self, name: str, arm: Arm, done: dict[str, PlannedArm]) -> PlannedArm:
-        budgets = Budgets(self.recipe, self.stages, self.graph, self._trial)
-        budget = budgets.of(name, arm, done)
+        budget = self.budgets.of(name, arm, done)
         made = {seed: self._models(name, arm, seed, budget) for seed in self.recipe.seeds}
         models = {seed: found.path for seed, found in made.items()}
         last, main = arm.last[-1], self.recipe.evaluate
@@ -176,7 +180,7 @@ class _Planner:
         final, first = {seed: _stage(of_path[-1]) for seed, of_path in models.items()}, self.recipe.first_seed
         teacher, key = original_teacher(self.recipe) if self.teacher or arm.teacher_budget else None, final[first]
         asked = self.graph.asked(key, teacher) if teacher else None
-        share = budgets.share(arm, key, done)
+        share = self.budgets.share(arm, key, done)
         return PlannedArm(name, arm, tuple(made[first].phases), final, evaluate, analyse, also, self.graph.flops(key), asked, share)
 
     def _comparable(self, teacher: str, model: str) -> bool:
@@ -271,7 +275,7 @@ class _Planner:
             )
 
     def _trial(self, name: str, arm: Arm, budget: Budget) -> Trial:
-        planner = _Planner(self.recipe, self.ledger)  # the ledger keeps what it has read
+        planner = _Planner(self.recipe, like=self)
         made = planner._models(name, arm, self.recipe.first_seed, budget)
         return Trial(planner.graph, made.stages[-1] if made.stages else "", made.stages)
 

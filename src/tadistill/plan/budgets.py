@@ -63,6 +63,7 @@ class Budgets:
         """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
         self.recipe, self.stages, self.graph, self.trial = recipe, stages, graph, trial
         self.ledger = stages.ledger
+        self._apart = StageBuilder(recipe, Graph(), stages.ledger, stages.of_arm, stages.tokens)  # the plan may not need its stages
 
     def of(self, name: str, arm: Arm, done: Mapping[str, "PlannedArm"]) -> Budget:
         """Return the budget of an arm. `done` contains the planned arms that `compute` and `teacher_budget` can name.
@@ -175,9 +176,7 @@ class Budgets:
 
     def _of_teachers(self, names: set[str], graph: Graph, final: str | None) -> float:
         # the FLOPs of these teachers' own training, if this model depends on it
-        at = self.stages
-        apart = StageBuilder(self.recipe, Graph(), at.ledger, at.of_arm, at.tokens)  # the plan may not need these stages
-        handles = [apart.trained(name, self.recipe.first_seed) for name in names]
+        handles = [self._apart.trained(name, self.recipe.first_seed) for name in names]
         own = {handle.stage for handle in handles if isinstance(handle, FromStage)}
         above = own & (with_ancestors(graph.stages, [final]) if final else set())
         flops = (graph.stages[key].flops for key in with_ancestors(graph.stages, above, without="like"))

@@ -36,11 +36,14 @@ class StudyTokens:
             lambda source, revision: vocabulary(source, revision, recipe.data.world)
         )
         self._of_root: Callable[[str], Tokens] = cache(self._read)
+        self._lead: Callable[[str], str] = cache(self._first)
+        self._encoding: Callable[[str, bool, bool], Encoding] = cache(self._settings)
+        self.tokenizer: Callable[[str], tuple[str, str] | None] = cache(self._other_tokenizer)
+        """Returns the source and the revision of the tokenizer that a model uses in place of its own. None if it uses its own."""
 
     # --- what the stages need -------------------------------------------------------------------------------------------
 
-    def tokenizer(self, name: str) -> tuple[str, str] | None:
-        """Return the source and the revision of the tokenizer that a model uses in place of its own. None if it uses its own."""
+    def _other_tokenizer(self, name: str) -> tuple[str, str] | None:
         own, lead = self._of(name), self._of(self._lead(name))
         source, other = self._source(name), self._source(self._lead(name))
         if source == other or None in (own.eos, lead.eos):
@@ -106,6 +109,9 @@ class StudyTokens:
         Raises:
             ModelError: the prompts need a chat template, but no model that shares this tokenizer has one.
         """
+        return self._encoding(name, samples, responses)
+
+    def _settings(self, name: str, samples: bool, responses: bool) -> Encoding:
         self._check_template(name)
         data, lead = self.data(name), self._of(self._lead(name))
         ends, own = self.ends(name), (lead.eos, *self._of(name).generation)
@@ -268,7 +274,7 @@ class StudyTokens:
     def _tokens(self, name: str) -> Vocabulary | None:
         return self._vocabulary(*self._source(name))
 
-    def _lead(self, name: str) -> str:
+    def _first(self, name: str) -> str:
         # the model whose tokenizer the group uses: the teacher, unless a chat template is needed and the teacher has none
         group = self._group(name)
         ordered = [self.teacher, *group] if self.teacher in group else group

@@ -52,6 +52,15 @@ def test_costs_are_those_of_the_studys_ledger():
     assert found["xl", "s"].twin is None
 
 
+def test_a_recipe_is_read_once_for_all_paths(monkeypatch):
+    """A trial of each arm with a budget read all tokenizers and the methods of all arms again: minutes for 256 paths."""
+    read = []
+    monkeypatch.setattr("tadistill.plan.study_tokens.contexts_of", lambda recipe: read.append("contexts") or {})
+    monkeypatch.setattr("tadistill.plan.arms.check_entries", lambda recipe: read.append("entries"))
+    costs(recipe())
+    assert sorted(read) == ["contexts"] * 2 + ["entries"] * 2  # to price the paths, and with their baselines
+
+
 def test_limits_leave_paths_out():
     one = costs(recipe("search={teacher: xl, assistants: [l, m], student: s, max_assistants: 1}"))[1]
     assert list(one) == PATHS[:3]

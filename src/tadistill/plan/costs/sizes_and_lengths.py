@@ -49,7 +49,7 @@ class SizesAndLengths:
         self.readers: tuple[str, ...] = ()
         self.teachers: tuple[str, ...] = ()
         self._others: dict[tuple, Self] = {}
-        self._fit: set[str] = set()  # models whose positions have been compared with the lengths of answers
+        self._configs: dict[str, dict | None] = {}
 
     def unknown(self) -> dict[str, str]:
         """Map the name of each model whose config.json is not on this disk to the text `NAME (SOURCE)`."""
@@ -69,15 +69,17 @@ class SizesAndLengths:
 
     def config(self, name: str) -> dict | None:
         """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""
+        if name in self._configs:
+            return self._configs[name]
         config = self._config(name)
         positions = shapes.positions_of(config) if config else None
-        if positions and name not in self._fit:
+        if positions:
             for key, new in self._new_tokens(name):
                 if new >= positions:  # `runner.preflight` also counts the tokens of the longest prompt
                     raise ConfigError(
                         f"models.{name}: the model has {positions} positions, but a prompt plus {key} ({new}) needs more; lower {key}"
                     )
-            self._fit.add(name)
+        self._configs[name] = config
         return config
 
     def _config(self, name: str) -> dict | None:
