@@ -15,8 +15,7 @@ from results_page import HERE, cell, gap, read_study, steps_of, table, write_pag
 from tadistill.results.collect import MEAN, Results
 from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
-from tadistill.results.measured import rows_text
-from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text
+from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text, rows_text
 from tadistill.results.sample_answers import samples
 from tadistill.results.study import ArmRecord
 

@@ -1,14 +1,15 @@
 """Load the dev results of earlier studies as evidence for forecasts.
 
-Each chain (a path with assistants) is paired with its equal-compute baseline, which is direct distillation with the same compute. Test
+`decide.pair_up` pairs each chain (a path with assistants) with direct distillation of the same compute and settings. Test
 results are used only for the uncertainty of a difference (`Observation.reported`).
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from math import isfinite, log, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from pydantic import ValidationError
 
 from tadistill.config import ModelConfig
 from tadistill.config.arm import direct_arm
+from tadistill.config.model import origin
 from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
-from tadistill.results.measured import load_reported, training_settings
+from tadistill.results.compare import load_reported
+from tadistill.results.measured import training_settings
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
-from tadistill.store import Store, plan_again, store_of
+from tadistill.store import STAGE, Store, key_of, plan_again, store_of
 from tadistill.text import counted
 
 
@@ -78,6 +81,59 @@ class Candidate:
     """One edge for each step of the path, in the same order."""
 
 
+_RECIPE_KEYS = {  # of fields with other names
+    **dict.fromkeys(("train", "more", "weights"), "data.train"),
+    **{"train_limit": "data.limit.train", "dev": "data.dev", "dev_limit": "data.limit.dev", "corpus": "data.corpus"},
+    **{"decoding": "evaluate", "own": "objective", "direct": "optim.steps"},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a training (`training_settings`), and the updates of direct distillation in its study: JSON texts by field."""
+
+    own: Mapping[str, str] = field(default_factory=dict)
+    spans: Mapping[str, str] = field(default_factory=dict)
+    """The settings that the training has if its teacher has another tokenizer."""
+    over_spans: bool = False
+    """True if its teacher has another tokenizer."""
+
+    @classmethod
+    def read(cls, store: Store, key: str, direct: int) -> "Settings":
+        """Read the settings of a distillation. `direct` is the number of updates of direct distillation in its study."""
+        found = (training_settings(store, key, spans=spans) | {"direct": direct} for spans in (False, True))
+        own, spans = (dict(_flat(settings)) for settings in found)
+        return cls(own, spans, bool(read_json(store.folder(key) / STAGE)["spec"].get("teacher_data")))
+
+    @cached_property
+    def digest(self) -> str:
+        return key_of(dict(self.own))
+
+    def differences(self, other: "Settings") -> list[str]:
+        """Return the settings in which two trainings differ, by their keys in a recipe. The student is called STUDENT."""
+        # a plan makes two objectives of one recipe if only one teacher has another tokenizer, and that over spans is known for both
+        mine, theirs = (self.own, other.own) if self.over_spans == other.over_spans else (self.spans, other.spans)
+        return list(dict.fromkeys(_recipe_key(name) for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)))
+
+
+def _recipe_key(name: str) -> str:
+    of_student = name.removeprefix("student.")
+    if of_student != name:
+        sft = of_student.removeprefix("stage.")
+        return f"models.STUDENT.{of_student.split('.')[0] if sft == of_student else f'sft.{_recipe_key(sft)}'}"
+    first, _, rest = name.removeprefix("method.").partition(".")
+    known = _RECIPE_KEYS.get(first, first)
+    return f"{known}.{rest}" if rest and not known.startswith(("data.", "context")) else known
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for part, inner in value.items():
+            yield from _flat(inner, f"{name}.{part}" if name else part)
+    else:
+        yield name, json.dumps(value, sort_keys=True)
+
+
 @dataclass(frozen=True)
 class Observation:
     """The dev result of one trained path (an arm of an earlier study) for one training seed."""
@@ -96,8 +152,8 @@ class Observation:
     study: str = ""
     reported: float = 0.0
     """Standard deviation of the arm's difference to its baseline on the test sets, from the study's report. It is 0 without a report."""
-    settings: str = ""
-    """The study's updates of direct distillation, and the other settings (`training_settings`). Results are compared if they are equal."""
+    settings: Settings = field(default_factory=Settings)
+    """Results are compared if their settings are equal."""
 
 
 # --- reading studies ----------------------------------------------------------------------------------------------------
@@ -169,19 +225,7 @@ def family_of(models: Mapping[str, ModelConfig], parameters: Mapping[str, int], 
         train: the source of the training data (`data.train.load`).
         method: the method of the path's last step, such as ``minillm (teacher_mixed)``.
     """
-    return f"{_origin(models, teacher)} ({parameters[teacher]:,} parameters); {train}; {method}"
-
-
-def _origin(models: Mapping[str, ModelConfig], name: str) -> str:
-    model = models[name]  # the result must not contain `name`, because two recipes may name the same model differently
-    if model.parent is None:
-        return str(model.load)
-    source = _origin(models, model.parent)
-    if model.checkpoint:
-        return f"{source} after {counted(model.checkpoint.step, 'update')}"
-    if model.temper:
-        return f"{source} tempered {'like ' + model.temper.like if model.temper.like else f'by {model.temper.tau:g}'}"
-    return f"{source} pruned"
+    return f"{origin(models, teacher)} ({parameters[teacher]:,} parameters); {train}; {method}"
 
 
 def edge_record(edge: Edge) -> dict[str, Any]:
@@ -249,7 +293,7 @@ def _read_arm(
             left_out.append(f"{name}, seed {seed}, is not finished")
             continue
         try:
-            metric, value, settings = _dev_result(store, key)
+            metric, value, settings = _dev_result(store, key, updates)
         except StoreError as error:
             left_out.append(str(error))
             continue
@@ -258,16 +302,16 @@ def _read_arm(
             left_out.append(f"{name}, seed {seed}: {why}")
             continue
         quality = value if higher_is_better(metric) else -value
-        result = Observation(family, arm.path, seed, edges, cost, quality, metric, plan.study, settings=f"{updates} {settings}")
+        result = Observation(family, arm.path, seed, edges, cost, quality, metric, plan.study, settings=settings)
         found.setdefault(key, result)
 
 
-def _dev_result(store: Store, key: str) -> tuple[str, float | None, str]:
+def _dev_result(store: Store, key: str, direct: int) -> tuple[str, float | None, Settings]:
     folder = store.folder(key)
     try:
         metric = read_json(folder / "stage.json")["spec"]["select"]["metric"]
         value = read_json(folder / "manifest.json")["best_value"]
-        return str(metric), None if value is None else float(value), training_settings(store, key)
+        return str(metric), None if value is None else float(value), Settings.read(store, key, direct)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete this folder and run the recipe again") from error
 
@@ -300,50 +344,3 @@ class TwinPair:
     @cached_property
     def mean(self) -> float:
         return float(np.mean(self.differences))
-
-
-def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin: a run of direct distillation with the same family, student, settings, seed and cost (within 5 %).
-
-    If no direct run has this cost, the twin's quality is interpolated between the next cheaper and the next more expensive run, linearly in
-    the log of the cost. A chain is left out if one of these two runs is missing. Of several equal runs with one seed, the first counts.
-    """
-    directs: dict[tuple[str | int, ...], dict[float, Observation]] = {}
-    for o in observations:
-        if len(o.path) == 2:
-            directs.setdefault(_ends(o), {}).setdefault(o.cost, o)
-    found: dict[tuple[Any, ...], dict[int, tuple[Observation, Edge, float]]] = {}
-    for o in observations:
-        beside = directs.get(_ends(o), {})
-        twin = _twin(o.cost, {cost: d.quality for cost, d in beside.items()}) if len(o.path) > 2 else None
-        if twin is not None:
-            costs, quality = twin
-            rows = found.setdefault((_ends(o)[:-1], o.path, o.cost, costs), {})
-            rows.setdefault(o.seed, (o, beside[costs[0]].edges[0], o.quality - quality))
-    return [_pair([*rows.values()], costs) for (*_, costs), rows in found.items()]
-
-
-def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> TwinPair:
-    first, direct, _ = rows[0]
-    seeds, differences = tuple(o.seed for o, *_ in rows), tuple(difference for *_, difference in rows)
-    reported = max(o.reported for o, *_ in rows)
-    return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin, reported)
-
-
-def _ends(o: Observation) -> tuple[str | int, ...]:
-    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # two studies may use one name for students of different sizes
-    return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.settings, o.seed
-
-
-def _twin(cost: float, directs: dict[float, float]) -> tuple[tuple[float, ...], float] | None:
-    nearest = min(directs, key=lambda c: abs(log(c / cost)), default=None)
-    if nearest is None:
-        return None
-    if abs(nearest / cost - 1) <= EQUAL:
-        return (nearest,), directs[nearest]
-    below, above = [c for c in directs if c < cost], [c for c in directs if c > cost]
-    if not (below and above):
-        return None
-    low, high = max(below), min(above)
-    share = log(cost / low) / log(high / low)
-    return (low, high), (1 - share) * directs[low] + share * directs[high]

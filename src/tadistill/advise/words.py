@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
-from tadistill.advise.decide import Advice, Option, improvement_unit
+from tadistill.advise.decide import Advice, Option, improvement_unit, unused
 from tadistill.advise.history import History
 from tadistill.advise.measures import (
     TOP_K,
@@ -130,6 +130,7 @@ def notes(
             "There is no earlier study to learn from, so the advice is the default: direct distillation with a chain's compute. The rules "
             "of thumb are only hypotheses."
         )
+    found += unused(past.on(metric))
     if past.left_out:
         first = past.left_out[0].rstrip(".")
         found.append(

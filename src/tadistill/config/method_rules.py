@@ -279,9 +279,14 @@ def over_spans(method: Method) -> Method:
             f"objective.pt_kd_ratio {objective.pt_kd_ratio:g} needs one tokenizer for both models, because the forward KL on plain "
             "text compares single tokens; set `objective.pt_kd_ratio: 0`"
         )
-    normalised = "remaining" if objective.length_normalisation == "after" else objective.length_normalisation
-    changes = {"single_step": False, "include_current": True, "length_normalisation": normalised}
+    changes = minillm_over_spans(objective.length_normalisation)
     return method.model_copy(update={"objective": objective.model_copy(update=changes)})
+
+
+def minillm_over_spans(length_normalisation: str) -> dict[str, Any]:
+    """Return the settings of MiniLLM that change between two tokenizers. `length_normalisation` is the recipe's."""
+    normalised = "remaining" if length_normalisation == "after" else length_normalisation
+    return {"single_step": False, "include_current": True, "length_normalisation": normalised}
 
 
 def check_one_tokenizer(method: Method) -> None:

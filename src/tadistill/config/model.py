@@ -1,5 +1,6 @@
 """The models of a recipe: their sources, their fine-tuning, and how one model is made from another."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from tadistill.config.common import MOST, Strict, Temperature
 from tadistill.config.data import Template
 from tadistill.config.method import MethodPatch, Sft
 from tadistill.config.remote import Api, Serve
+from tadistill.text import counted
 
 
 class Init(Strict):
@@ -201,3 +203,16 @@ class ModelConfig(Strict):
                 "a model with `temper` has the weights of another model and cannot be trained; set `sft` for the model in `temper.of`"
             )
         return self
+
+
+def origin(models: Mapping[str, ModelConfig], name: str) -> str:
+    """Return from what a model is made, such as `hub/xl after 200 updates`, without its name: two recipes may have other names."""
+    model = models[name]
+    if model.parent is None:
+        return str(model.load)
+    source = origin(models, model.parent)
+    if model.checkpoint:
+        return f"{source} after {counted(model.checkpoint.step, 'update')}"
+    if model.temper:
+        return f"{source} tempered {'like ' + model.temper.like if model.temper.like else f'by {model.temper.tau:g}'}"
+    return f"{source} pruned"

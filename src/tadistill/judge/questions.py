@@ -14,7 +14,8 @@ from typing import Any
 from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_prompt
 from tadistill.errors import ConfigError, DataError
-from tadistill.results.measured import first_answers, load_predictions
+from tadistill.results.measured import load_predictions
+from tadistill.results.sample_answers import first_answers
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.store import Store
 

@@ -144,7 +144,7 @@ def ask_all(
 
 def _spread(texts: Mapping[str, tuple[str, int]]) -> list[str]:
     # one question each of some prompts, evenly spaced, and then all other questions in their order
-    by_prompt = {prompt: text for text, prompt in reversed(texts.items())}
+    by_prompt = {prompt: text for text, prompt in reversed([*texts.items()])}
     firsts = [text for text in texts if by_prompt[texts[text]] == text]
     count = min(_REFUSALS, len(firsts))
     return list(dict.fromkeys([*(firsts[i * len(firsts) // count] for i in range(count)), *texts]))

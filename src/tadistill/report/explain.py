@@ -14,8 +14,7 @@ from tadistill.plan.graph import distinct_labels
 from tadistill.report.path_words import some
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
-from tadistill.results.measured import one_row_text, rows_text
-from tadistill.results.number_text import number, p_text, ratio_text, span, with_unit
+from tadistill.results.number_text import number, one_row_text, p_text, ratio_text, rows_text, span, with_unit
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs

@@ -24,8 +24,7 @@ from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_tab
 from tadistill.report.tables import Cell, mean_cell, sample_text
 from tadistill.report.usage import usage
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
-from tadistill.results.measured import rows_text
-from tadistill.results.number_text import number, parameters_text, summary_text
+from tadistill.results.number_text import number, parameters_text, rows_text, summary_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
 from tadistill.text import counted

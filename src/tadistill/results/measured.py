@@ -11,7 +11,7 @@ arms may have different rows. Scores are therefore paired by the number of the r
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tadistill.config.method_rules import minillm_over_spans
 from tadistill.data.encoding_rules import Counts
 from tadistill.disk import damaged, read_json, read_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import MEAN, metric_of
 from tadistill.models.flops_and_memory import Cost, CostPart
 from tadistill.results.study import ArmRecord, StageRecord, StudyPlan
-from tadistill.statistics import ROUNDING, spread_claimed
-from tadistill.store import MANIFEST, STAGE, Store, key_of
-from tadistill.text import counted, form, listed
+from tadistill.statistics import ROUNDING
+from tadistill.store import MANIFEST, STAGE, Store
+from tadistill.text import counted, form
 
 Scores = dict[str, dict[str, NDArray[np.float64]]]  # set -> metric -> (prompts, decoding seeds)
 READ = ("scores.json", "corpus.json", "exposure.json", "predictions.jsonl", "metrics.jsonl")
@@ -92,14 +93,6 @@ def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
     return read_jsonl(store.artifact(key, "predictions.jsonl"), fix=store.redo(key))
 
 
-def first_answers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the predictions of each test set's lowest decoding seed."""
-    lowest: dict[str, int] = {}
-    for row in rows:
-        lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
-    return [row for row in rows if row["seed"] == lowest[row["set"]]]
-
-
 @dataclass(frozen=True)
 class StageManifest:
     """The facts about a finished stage that a report shows. They are in its manifest.json."""
@@ -152,26 +145,42 @@ _OF_COMPUTE = ("steps", "epochs", "warmup", "every")  # of a distillation
 _OF_MEMORY = ("micro_batch", "tokens", "packed", "gradient_checkpointing")  # they change rounding, and which masks dropout draws
 
 
-def training_settings(store: Store, key: str) -> str:
-    """Return a digest of a distillation's settings, and of those of the trainings that made its student. Two distillations with equal
-    digests differ only in seeds, teachers, and numbers of updates, so they can be compared at equal compute."""
-    return key_of(_settings(store, key))
+def training_settings(store: Store, key: str, *, spans: bool) -> dict[str, Any]:
+    """Return the settings of a distillation and of the trainings that made its student, without seeds, teachers and numbers of updates. So
+    two distillations with equal settings can be compared at equal compute.
 
-
-def _settings(store: Store, key: str) -> dict[str, Any]:
-    stage = read_json(store.folder(key) / STAGE, fix=store.redo(key))
+    Args:
+        spans: return the settings that the distillation has if its teacher has another tokenizer (`config.method_rules.over_spans`).
+    """
+    stage = _stage(store, key)
     kept = {name: value for name, value in stage["spec"].items() if name not in _OF_PATH}
     compute = () if stage.get("kind") == "sft" else _OF_COMPUTE
     for part in ("optim", "select"):
         kept[part] = {name: value for name, value in kept.get(part, {}).items() if name not in (*compute, *_OF_MEMORY)}
-    return kept | {"student": _origin(store, kept.get("student"))}
+    kept["data"] = {name: value for name, value in kept.get("data", {}).items() if name != "context"}
+    if spans and (objective := kept.get("method", {}).get("objective", {})).get("type") == "minillm":
+        kept["method"] = kept["method"] | {"objective": objective | minillm_over_spans(objective["length_normalisation"])}
+    return kept | {"context": _context(store, stage["spec"]), "student": _origin(store, kept.get("student"), spans)}
 
 
-def _origin(store: Store, made: Any) -> Any:
+def _stage(store: Store, key: str) -> dict[str, Any]:
+    return read_json(store.folder(key) / STAGE, fix=store.redo(key))
+
+
+def _context(store: Store, spec: Mapping[str, Any]) -> Any:
+    # a teacher with another tokenizer reads its own prompt in `teacher_data`, or in a stage before, which has its answers
+    found = next((read["context"] for name in ("data", "teacher_data", "asked") if (read := spec.get(name) or {}).get("context")), None)
+    before = spec.get("responses") or spec.get("answers")
+    if found or not before or not (store.folder(before["stage"]) / STAGE).is_file():
+        return found
+    return _context(store, _stage(store, before["stage"])["spec"])
+
+
+def _origin(store: Store, made: Any, spans: bool) -> Any:
     if not isinstance(made, dict):
         return made
-    found = {name: _origin(store, value) for name, value in made.items() if name != "seed"}
-    return found | {"stage": _settings(store, made["stage"])} if "stage" in made else found
+    found = {name: _origin(store, value, spans) for name, value in made.items() if name != "seed"}
+    return found | {"stage": training_settings(store, made["stage"], spans=spans)} if "stage" in made else found
 
 
 Rows = NDArray[np.int64]
@@ -284,26 +293,6 @@ def _counts_of_earlier(plan: StudyPlan, manifest: StageManifest, rows: Mapping[s
     return {("test", n): Counts(len(of_set) + left_out.get(n, 0), long=left_out.get(n, 0), **limits) for n, of_set in rows.items()}
 
 
-def rows_text(used: Sequence[UsedRows]) -> str:
-    """Describe in one sentence all splits with rows that were left out or cut. The result is empty if there is no such split."""
-    found = [text for split in used if (text := split.text)]
-    apart = any(split.compared < split.counts.used for split in used)
-    whole = " Metrics with one value per set use all rows that a model answered." if apart else ""
-    return f"Rows left out, cut or divided: {'. '.join(found)}.{whole}" if found else ""
-
-
-def one_row_text(compared: Mapping[str, NDArray[np.int64]], arms: int) -> str:
-    """Return a caution that names the test sets of which only one row is compared. The result is empty if there is no such set."""
-    sets = [name for name, rows in compared.items() if len(rows) == 1]
-    if not sets:
-        return ""
-    has, it, them = ("has", "it", "it") if len(sets) == 1 else ("have", "each", "them")
-    return (
-        f"{listed(sets)} {has} only one row{' that all arms answered' * (arms > 1)}. How scores vary between rows is then unknown, so "
-        f"means with {them} have no interval, and nothing is claimed about them. Give {it} at least two rows, or leave {them} out."
-    )
-
-
 def with_spent(plan: StudyPlan, manifests: Mapping[str, StageManifest]) -> StudyPlan:
     """Return the plan with measured values (FLOPs, number of checkpoints) for trainings that stopped early.
 
@@ -323,23 +312,3 @@ def with_spent(plan: StudyPlan, manifests: Mapping[str, StageManifest]) -> Study
 def _spent(plan: StudyPlan, arm: ArmRecord) -> float | None:
     parts = [stage.flops for stage in plan.ancestors(next(iter(arm.final.values())), paid=True)]
     return None if arm.flops is None else math.fsum(part for part in parts if part is not None)
-
-
-def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard error of the difference between each chain (path with assistants) and direct distillation.
-
-    The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
-    metric). The result is empty if the file does not exist.
-    """
-    path = study_dir / "results.json"
-    if not path.is_file():
-        return {}
-    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
-    try:
-        return {
-            (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
-            for c in content["comparisons"]
-            if c["against"] != "pair" and c["low"] is not None
-        }
-    except (KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error

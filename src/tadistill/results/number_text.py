@@ -1,8 +1,15 @@
 """Numbers as text, for reports and terminal tables."""
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
 from tadistill.metrics import metric_of, metric_title, metric_unit
 from tadistill.results.collect import Summary
+from tadistill.results.measured import UsedRows
 from tadistill.statistics import Difference
+from tadistill.text import listed
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 ALL_ZERO = "all paired differences are 0"
@@ -106,3 +113,23 @@ def flops_text(flops: float | None) -> str:
 def ratio_text(ratio: float | None) -> str:
     """Return a ratio as text, such as ``2.47×``. None becomes a dash."""
     return DASH if ratio is None else f"{ratio:.2f}{TIMES}"
+
+
+def rows_text(used: Sequence[UsedRows]) -> str:
+    """Describe in one sentence all splits with rows that were left out or cut. The result is empty if there is no such split."""
+    found = [text for split in used if (text := split.text)]
+    apart = any(split.compared < split.counts.used for split in used)
+    whole = " Metrics with one value per set use all rows that a model answered." if apart else ""
+    return f"Rows left out, cut or divided: {'. '.join(found)}.{whole}" if found else ""
+
+
+def one_row_text(compared: Mapping[str, NDArray[np.int64]], arms: int) -> str:
+    """Return a caution that names the test sets of which only one row is compared. The result is empty if there is no such set."""
+    sets = [name for name, rows in compared.items() if len(rows) == 1]
+    if not sets:
+        return ""
+    has, it, them = ("has", "it", "it") if len(sets) == 1 else ("have", "each", "them")
+    return (
+        f"{listed(sets)} {has} only one row{' that all arms answered' * (arms > 1)}. How scores vary between rows is then unknown, so "
+        f"means with {them} have no interval, and nothing is claimed about them. Give {it} at least two rows, or leave {them} out."
+    )

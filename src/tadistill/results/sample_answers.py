@@ -13,7 +13,7 @@ from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Numbers, Reader, Results, once, with_passes
-from tadistill.results.measured import Scores, first_answers, load_predictions, places
+from tadistill.results.measured import Scores, load_predictions, places
 from tadistill.results.number_text import number
 from tadistill.results.study import ArmRecord, StudyPlan
 from tadistill.results.verdict import by_importance
@@ -206,3 +206,11 @@ def _score(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _span(row: Mapping[str, Any], what: str) -> tuple[str, str]:
     low, high = row["low"], row["high"]
     return f"{row[what]:.2f}", "" if low is None or low == high else f"[{low:.2f}, {high:.2f}]"
+
+
+def first_answers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the predictions of each test set's lowest decoding seed."""
+    lowest: dict[str, int] = {}
+    for row in rows:
+        lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
+    return [row for row in rows if row["seed"] == lowest[row["set"]]]

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from tadistill.advise.history import MEASURES, EdgeMeasures, edge_record, family_of, history, pair_up, path_edges
-from tadistill.config import ModelConfig
+from tadistill.advise.decide import pair_up, unused
+from tadistill.advise.history import MEASURES, EdgeMeasures, Settings, edge_record, family_of, history, path_edges
+from tadistill.config import ModelConfig, load
 from tadistill.errors import StoreError
+from tadistill.plan.arms import make_plan
+from tadistill.store import store_of
 
 SIZES = {"xl": 1200, "l": 400, "s": 100}
 METHOD = "minillm (teacher_mixed)"
@@ -175,6 +178,62 @@ def test_chains_of_other_settings_are_compared_with_baselines_of_their_own(tmp_p
         ((1, 2), (1.0, 1.0)),
         ((1, 2), (4.0, 4.0)),
     ]
+
+
+def test_a_study_whose_chain_has_no_baseline_is_named_with_the_setting(tmp_path):
+    """Its chain has a learning rate of its own. Nothing said that the study was not used, and why."""
+    own, both = [ARMS[1], ARMS[2]], {("direct", 1), ("direct", 2)}
+    write(tmp_path, "one", ARMS)
+    write(tmp_path, "two", own, unfinished=both, lr=0.03)
+    write(tmp_path, "three", own, lr=0.02)
+    write(tmp_path, "four", own, unfinished=both, sft_lr=0.03)
+    found = history(tmp_path).observations
+    fix = "to use it, add direct distillation with the same settings and compute"
+    assert unused(found) == [
+        f"Study {study}: xl > l > s is not used, because no direct run has its {what}; {fix}."
+        for study, what in (("four", "`models.s.sft.optim.lr`"), ("three", "compute"), ("two", "`optim.lr`"))
+    ]
+    assert len(pair_up(found)) == 1
+
+
+ACROSS = """
+study: across
+seeds: [1]
+models:
+  xl: {load: "scratch:gpt2", tokenizer: tinyworld-bpe, config: {n_embd: 32, n_layer: 2, n_head: 2, n_positions: 256}}
+  l: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 16, n_layer: 2, n_head: 2, n_positions: 256}}
+  s: {load: "scratch:gpt2", tokenizer: tinyworld, config: {n_embd: 8, n_layer: 1, n_head: 2, n_positions: 256}}
+data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, world: {people: 20}, limit: {train: 20, dev: 2, test: 2}}
+evaluate: {max_new_tokens: 8}
+analyse: false
+method: {sampler: {type: student, max_new_tokens: 8}, optim: {steps: 4, batch: 4}}
+arms: {direct: xl > s, takd: xl > l > s, twin: {path: xl > s, compute: as takd}}
+"""
+CONTEXT = "context={template: '{output} {prompt}'}"
+MINILLM = "method.objective={type: minillm, pt_weight: 0}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "differ"),
+    [
+        ([MINILLM], []),
+        ([MINILLM, f"method.{CONTEXT}"], []),
+        (["method.objective={type: reverse_kl}", f"method.{CONTEXT}"], []),
+        (["method.objective={type: cross_entropy}", "method.sampler={type: teacher}", f"method.{CONTEXT}"], []),
+        ([MINILLM, "arms.takd.objective={type: minillm, clip: 0.5}"], ["objective.clip"]),
+        ([MINILLM, f"arms.takd.{CONTEXT}"], ["context"]),
+        ([MINILLM, "arms.takd.optim={lr: 0.01}"], ["optim.lr"]),
+    ],
+)
+def test_a_chain_and_its_baseline_across_tokenizers_have_the_settings_of_their_recipe(tmp_path, settings, differ):
+    """The plan of a direct run over spans has another objective and another place for the context, so no such pair was history."""
+    recipe, store = tmp_path / "r.yaml", store_of(tmp_path)
+    recipe.write_text(ACROSS)
+    plan = make_plan(load(recipe, settings))
+    for key, planned in plan.stages.items():
+        stage(tmp_path, key, planned.kind, planned.spec.content())
+    chain, twin = (next(Settings.read(store, key, 4) for key in arm.final.values()) for arm in plan.arms if arm.name != "direct")
+    assert chain.differences(twin) == twin.differences(chain) == differ
 
 
 def test_studies_with_equal_settings_are_compared_whatever_their_names_and_seeds(tmp_path):
