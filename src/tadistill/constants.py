@@ -44,4 +44,4 @@ LOG_POINTS = 100
 WATCH_EVERY = 10
 """Minimum number of updates between two measurements of the sampled text. A measurement takes about a tenth of an update's time."""
 WATCHED_ROWS = 8
-"""Number of sequences per micro-batch on which KL, reward and entropy of the sampled text are measured."""
+"""Number of sequences of a measured update on which metrics of the sampled text are computed that need a forward pass, such as entropy."""

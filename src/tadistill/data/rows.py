@@ -8,7 +8,7 @@ choices}`), because a user's data often has columns of these names with other co
 import json
 import reprlib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -316,3 +316,9 @@ def beyond_ascii(text: str) -> float:
 def is_symbol(c: str) -> bool:
     """Return True for a symbol that is not ASCII, such as an emoji or an arrow. Return False for punctuation."""
     return not c.isascii() and unicodedata.category(c)[0] == "S"
+
+
+def repeated_grams(response: Sequence[int]) -> tuple[int, int]:
+    """Return the number of 4-grams of a response's tokens, and how many of them occurred earlier in the response."""
+    grams = [tuple(response[i : i + 4]) for i in range(len(response) - 3)]
+    return len(grams), len(grams) - len(set(grams))

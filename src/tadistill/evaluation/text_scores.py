@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tadistill.data.answers import RULES
-from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol
+from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol, repeated_grams
 from tadistill.errors import ConfigError
 from tadistill.text import named, without_spaces
 from tadistill.user_code import OwnFunction
@@ -193,8 +193,7 @@ def repetition(responses: Sequence[Sequence[int]]) -> list[float]:
 
     It is 0 for an answer with fewer than 4 tokens.
     """
-    of_answers = ([tuple(ids[i : i + 4]) for i in range(len(ids) - 3)] for ids in responses)
-    return [100 * (1 - len(set(grams)) / len(grams)) if grams else 0.0 for grams in of_answers]
+    return [100 * (1 - (total - again) / total) if total else 0.0 for total, again in map(repeated_grams, responses)]
 
 
 def distinct(predictions: Sequence[str], n: int) -> float:

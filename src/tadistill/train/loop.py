@@ -188,11 +188,11 @@ class _Run:
 
     def watch(self, batches: list[Batch], done: int) -> dict[str, float]:
         main = self.accelerator.is_main_process
-        if not main and not any(map(sharding.sharded, self.step.models.here)):  # sharded models need all processes
-            return {}
+        scores = main or any(map(sharding.sharded, self.step.models.here))  # sharded models need all processes
         with self.accelerator.autocast():
             fresh = self.sampler.samples(done) and not self.sampler.mixes and not self.student.training
-            watched = watch(self.step, [b.to(self.accelerator.device) for b in batches], fresh=fresh)
+            found = [batch.to(self.accelerator.device) for batch in batches]
+            watched = watch(self.step, found, fresh=fresh, scores=scores, gather=partial(_rows, self.accelerator))
         if not (main and watched):
             return {}
         apart = watched.pop("apart", None)
@@ -329,6 +329,12 @@ def _sum(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     total = accelerator.reduce(values.to(accelerator.device), "sum")
     assert isinstance(total, torch.Tensor)
     return total
+
+
+def _rows(accelerator: Accelerator, own: torch.Tensor) -> torch.Tensor:
+    found = accelerator.gather(own)
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def _gather(accelerator: Accelerator, value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tadistill import objectives
 from tadistill.constants import WATCHED_ROWS
 from tadistill.data.batch import Batch
+from tadistill.data.rows import repeated_grams
 from tadistill.models.flops_and_memory import CostPart
 from tadistill.models.forward import is_packed
 from tadistill.models.modify import adapters_in
@@ -28,7 +29,6 @@ from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 
 _TOP = 10  # `teacher_top_mass` is the probability of this number of tokens
-_GRAM = 4  # number of tokens of a gram in `repetition`
 
 
 class _Side:
@@ -189,59 +189,69 @@ def _flops(side: _Side, work: Work, backward: bool, again: bool) -> float:
 # --- the sampled text ---------------------------------------------------------------------------------------------------
 
 
-def watch(step: Step, batches: list[Batch], *, fresh: bool = False) -> dict[str, float]:
-    """Return metrics of this process's sampled sequences in an update. Return an empty dict if the text was not sampled in this run.
+def watch(
+    step: Step, batches: list[Batch], *, fresh: bool = False, scores: bool = True, gather: Callable[[Tensor], Tensor] = lambda own: own
+) -> dict[str, float]:
+    """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
 
     If all text is `fresh`, sampled from the present student, `apart` is the `difference` of log q between sampling and training.
     p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
-    the distribution from which the text was sampled.
+    the distribution from which the text was sampled. `gather` joins the rows (1, N) of all processes to (processes, N).
 
-    Over all sequences:
+    Over all sequences of all processes:
     length              tokens per response
     repetition          share of 4-grams that occurred earlier in the same response
     left_out            share of tokens whose text a teacher with another tokenizer cannot read (see `spans.metrics`)
-
-    Over the first 8 sequences of the first micro-batch:
-    reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
     reward              mean of log p - log q_old over tokens (nats); with `dense`, MiniLLM's log p is not normalised
+    weight_min, weight_max    smallest and largest q_old / behaviour
+
+    With `scores`, over the first 8 sequences of the first micro-batch, as is the reward if log p needs a forward pass:
+    reverse_kl          mean of the k3 estimator of KL(q || p) over tokens, weighted by q / behaviour (nats)
     entropy             entropy of the student's next token (nats)
     teacher_top_mass    probability that the student gives to the teacher's 10 most probable tokens
     teacher_entropy     entropy of the teacher's next token (nats)
-    weight_min          smallest q_old / behaviour
-    weight_max          largest q_old / behaviour
-    clip_fraction       share of tokens with the ratio that the objective clips outside its interval [1 - clip, 1 + clip]. The ratio is
-                        q / behaviour, or q / q_old with `clip_weight: false`
+    clip_fraction       share of tokens that the objective clips: q / behaviour, or q / q_old with `clip_weight: false`, is beyond 1 ± clip
 
     If the tokenizers differ, reverse_kl and reward are means over spans without the teacher's unknown token; its tokens have no values.
     """
     if "student" not in batches[0].values:
         return {}
-    rows = sum(len(b.ids_BT) for b in batches)
-    found = {"length": sum(float(b.mask_BT.sum()) for b in batches) / rows, "repetition": _repetition(batches)}
-    part = batches[0].first(WATCHED_ROWS)
+    found = (_of_first_rows(step, batches[0].first(WATCHED_ROWS), fresh) if scores else {}) | _of_text(step, batches, gather)
+    return {name if name == "apart" else f"rollout/{name}": value for name, value in found.items()}
+
+
+def _of_text(step: Step, batches: list[Batch], gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    known = "teacher" in batches[0].values and (step.clip is not None or mixture_of(batches[0]) is None)
+    unread = spans.counts([batch.aligned for batch in batches if batch.aligned is not None])
+    weights = torch.cat([batch.counted(batch.values["student"] - batch.values["behaviour"]) for batch in batches]).double()
+    texts = [row.tolist() for b in batches for row in b.counted(b.targets_BT).cpu().split(b.mask_BT.sum(1).tolist())]
+    of_grams = map(sum, zip(*map(repeated_grams, texts), strict=True))
+    counts = weights.new_tensor([len(texts), len(weights), *of_grams, unread.get("left_out", 0), unread.get("tokens", 0)])
+    rewards = sum((spans.known_rewards(batch) for batch in batches if known), weights.new_zeros(2))
+    every = gather(torch.cat([counts, rewards, torch.stack([-weights.min(), weights.max()])]).unsqueeze(0))
+    rows, tokens, grams, again, left_out, read, reward, judged = every[:, :-2].sum(0).tolist()
+    least, most = every[:, -2:].amax(0).exp().tolist()
+    found = {"length": tokens / rows, "repetition": again / max(grams, 1), "weight_min": 1 / least, "weight_max": most}
+    return found | ({"left_out": left_out / max(read, 1)} if unread else {}) | ({"reward": reward / judged} if judged else {})
+
+
+def _of_first_rows(step: Step, part: Batch, fresh: bool) -> dict[str, float]:
     old, behaviour = part.counted(part.values["student"]), part.counted(part.values["behaviour"])
-    weight = (old - behaviour).exp()
-    found |= {"weight_min": float(weight.min()), "weight_max": float(weight.max())}
     scored = _scored(step, part)
     log_q, log_p = scored["log_q"], scored.get("log_p")
-    found["entropy"] = float(scored["entropy"].mean())
+    found = {name: float(scored[name].mean()) for name in ("entropy", "teacher_top_mass", "teacher_entropy") if name in scored}
+    found |= {"apart": difference(old, log_q)} if fresh else {}
     if step.clip is not None:
         ratio = (log_q - part.counted(part.values[step.clipped_over])).exp()
         found["clip_fraction"] = float(((ratio - 1).abs() > step.clip).float().mean())
     if part.aligned is not None:
-        count = spans.counts([b.aligned for b in batches if b.aligned is not None])
-        found["left_out"] = count["left_out"] / max(count["tokens"], 1)
         known = torch.from_numpy(~part.aligned.unknown).to(old.device)
         log_q, old, behaviour = (spans.summed(part.aligned, values)[known] for values in (log_q, old, behaviour))
         log_p = scored["log_p"][known]
     if log_p is not None and len(log_p):  # these rows can be without a span
         ratio = (log_q - behaviour).exp()
-        found["reverse_kl"] = float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum())
-        own = part.values.get("teacher") if step.clip is not None and part.aligned is None else None  # of which MiniLLM's reward is made
-        found["reward"] = float(((log_p if own is None else part.counted(own)) - old).mean())
-    found |= {name: float(scored[name].mean()) for name in ("teacher_top_mass", "teacher_entropy") if name in scored}
-    apart = {"apart": difference(part.counted(part.values["student"]), scored["log_q"])} if fresh else {}
-    return {f"rollout/{name}": value for name, value in found.items()} | apart
+        found |= {"reverse_kl": float((ratio * objectives.k3(log_q, log_p)).sum() / ratio.sum()), "reward": float((log_p - old).mean())}
+    return found
 
 
 @torch.no_grad()
@@ -288,16 +298,6 @@ def _of_teachers(step: Step, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
     if not beside and not exact:
         return scored | {"log_p": models.teachers[batch.route[0] if batch.route else 0].scored(batch.of_teacher, models.vocab)[1]}
     return scored
-
-
-def _repetition(batches: list[Batch]) -> float:
-    total = again = 0
-    for batch in batches:
-        for row, mask in zip(batch.targets_BT.tolist(), batch.mask_BT.tolist(), strict=True):
-            tokens = [t for t, m in zip(row, mask, strict=True) if m]
-            grams = [tuple(tokens[i : i + _GRAM]) for i in range(len(tokens) - _GRAM + 1)]
-            total, again = total + len(grams), again + len(grams) - len(set(grams))
-    return again / total if total else 0.0
 
 
 class Alarms:

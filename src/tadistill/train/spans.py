@@ -124,6 +124,16 @@ def summed(aligned: Aligned, values: Tensor) -> Tensor:
     return span_sums(values[kept], aligned.student[kept], aligned.count)
 
 
+def known_rewards(batch: Batch) -> Tensor:
+    """Return the sum of log p - log q over a batch's response tokens and their number, as a float64 tensor (2,). If the teacher has another
+    tokenizer, these are sum and number of spans (texts between common token boundaries) without an unknown token."""
+    found = batch.counted(batch.values["teacher"] - batch.values["student"]).double()
+    if batch.aligned is None:
+        return torch.stack([found.sum(), found.new_tensor(float(len(found)))])
+    known = torch.from_numpy(~batch.aligned.unknown).to(found.device)
+    return torch.stack([(summed(batch.aligned, found) * known).sum(), known.sum().double()])
+
+
 def teacher_log_probs(again: Rereader | None, batch: Batch, teachers: Sequence[Target]) -> Tensor:
     """Return the teacher's log-probability (S,) of each span (text between common token boundaries): from `batch.values["teacher"]` if the
     batch has this value, or else from the teacher's outputs."""

@@ -46,6 +46,24 @@ def test_metrics_are_what_they_say():
         assert found[f"rollout/{name}"] == pytest.approx(float(value), rel=1e-4), name
 
 
+def test_sums_over_an_update_are_those_of_all_micro_batches_and_processes():
+    """They need no forward pass, so a process that makes none has them too."""
+    student, teacher = tiny_model("llama"), tiny_model("llama", seed=5)
+    step = make_step(Method(objective=MiniLLM(pt_weight=0), sampler=TeacherMixedSampler()), student, (teacher,), 31)
+    batches, other = (
+        [sampled({"student": -2.0, "behaviour": -b, "teacher": -b}) for b in (1.5, 2.5)],
+        sampled({"student": -3.0, "behaviour": -1.0, "teacher": -4.0}),
+    )
+    sums = []
+    watch(step, [other.first(1)], scores=False, gather=lambda own: sums.append(own) or own)
+    found = watch(step, batches, gather=lambda own: torch.cat([own, *sums]))
+    expected = {"length": (15 + 15 + 4) / 7, "repetition": 4 / (7 + 7 + 1), "reward": (0.5 * 15 - 0.5 * 15 - 1.0 * 4) / 34}
+    for name, value in (expected | {"weight_min": np.exp(-2.0), "weight_max": np.exp(0.5)}).items():
+        assert found[f"rollout/{name}"] == pytest.approx(value, rel=1e-5), name
+    assert found["rollout/entropy"] == watch(step, batches[:1])["rollout/entropy"]
+    assert "rollout/entropy" not in watch(step, batches, scores=False)
+
+
 def test_the_clipped_ratio_is_that_of_the_objective():
     """With `clip_weight: false`, q / q_old is clipped, which is 1 before the first update, and not q / behaviour."""
     student = tiny_model("llama")

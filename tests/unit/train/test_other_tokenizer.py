@@ -386,17 +386,21 @@ def test_minillm_has_the_rewards_of_spans():
 def test_watched_numbers_are_those_of_spans(case):
     made, student, teacher, _, batches = made_of(MINILLM if case == "minillm" else SAMPLERS[case])
     found = watch(made, batches)
-    total, kl, count = 0.0, 0.0, 0
-    for s in map(AGAIN, sampled(batches[:1])):
-        theirs = s.second.ids.tolist()
-        q, p = log_probs(student, s.prompt, s.response, SIZES[0]), log_probs(teacher, s.teacher_prompt, theirs, SIZES[1])
-        mine, other = counted_spans(s)
-        for k in range(mine.max() + 1):
-            gap = float(
-                sum(p[i, theirs[i]] for i in np.flatnonzero(other == k)) - sum(q[i, s.response[i]] for i in np.flatnonzero(mine == k))
-            )
-            total, kl, count = total + gap, kl + np.expm1(gap) - gap, count + 1
-    assert found["rollout/reward"] == pytest.approx(total / count, abs=1e-4)
+    gaps = []
+    for batch in batches:
+        gaps.append([])
+        for s in map(AGAIN, sampled([batch])):
+            theirs = s.second.ids.tolist()
+            q, p = log_probs(student, s.prompt, s.response, SIZES[0]), log_probs(teacher, s.teacher_prompt, theirs, SIZES[1])
+            mine, other = counted_spans(s)
+            for k in range(mine.max() + 1):
+                of_p, of_q = np.flatnonzero(other == k), np.flatnonzero(mine == k)
+                gaps[-1].append(float((sum(p[i, theirs[i]] for i in of_p) - sum(q[i, s.response[i]] for i in of_q)).detach()))
+    known = "teacher" in batches[0].values  # else log p needs a forward pass, which only the first rows have
+    assert found["rollout/reward"] == pytest.approx(
+        np.mean([gap for of_batch in (gaps if known else gaps[:1]) for gap in of_batch]), abs=1e-4
+    )
+    kl, count = sum(np.expm1(gap) - gap for gap in gaps[0]), len(gaps[0])
     assert found["rollout/reverse_kl"] == pytest.approx(kl / count, rel=1e-3)
     assert "rollout/teacher_top_mass" not in found
     logged = spans.metrics(counts(batches))
