@@ -34,7 +34,8 @@ ROLLOUTS = "rollouts.json"  # the newest text that a student sampled in training
 _NOT_ARTIFACTS = (MANIFEST, RECORD, FAILURE, ROLLOUTS)
 STATES = ("state.pt", "state-before.pt")  # the two newest saved states of a training that is not finished
 _SECONDS = "seconds.json"  # the time that a stage has taken so far
-_RESUME = (*STATES, "best-*.pt", "*.tmp", _SECONDS)
+INCOMPLETE = ".tmp*"  # safetensors writes to such a file and then renames it; a killed process leaves it, as large as the weights
+_RESUME = (*STATES, "best-*.pt", "*.tmp", INCOMPLETE, _SECONDS)
 _PARTS = "parts"
 SIGNAL = "signal"  # sub-folder of a `signal` stage with the recorded outputs of the teacher
 _FINISHED_PARTS = (f"{_PARTS}/*.json", f"{SIGNAL}/[0-9]*.safetensors")
@@ -208,11 +209,14 @@ class Store:
             raise StoreError(f"{'; '.join(changed.values())}: {self.redo(*changed)}")
 
     def begin(self, key: str, record: dict[str, Any]) -> Path:
-        """Prepare and return the folder of an unfinished stage. stage.json is written, and an invalid manifest.json is deleted."""
+        """Prepare and return the folder of an unfinished stage. stage.json is written. An invalid manifest.json is deleted, and so are
+        files that a killed process left incomplete."""
         folder = self.folder(key)
         write_json(folder / STAGE, record)
         # the manifest of an unfinished stage is damaged or names missing files; it must not describe the new files
         (folder / MANIFEST).unlink(missing_ok=True)
+        for path in folder.rglob(INCOMPLETE):
+            path.unlink(missing_ok=True)
         return folder
 
     def manifest(self, key: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +77,32 @@ def test_manifests_of_earlier_versions_are_read(store, lost):
     else:
         with pytest.raises(StoreError, match="has changed"):
             store.artifact("aa11", "scores.json")
+
+
+KILLED = """
+import resource, signal, sys
+import numpy
+from safetensors.numpy import save_file
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+save_file({"weight": numpy.zeros(1000)}, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_weights_of_a_killed_process_are_no_part_of_the_finished_stage(tmp_path, attempts):
+    """safetensors writes to a temporary file of its own."""
+    store = Store(tmp_path / "store")
+    folder = store.begin("aa11", {})
+    (folder / "model").mkdir()
+    ended = subprocess.run([sys.executable, "-c", KILLED, folder / "model" / "model.safetensors"], check=False)
+    assert ended.returncode == -signal.SIGXFSZ
+    assert len(os.listdir(folder / "model")) == 1
+    if attempts == 2:
+        store.begin("aa11", {})
+        assert not os.listdir(folder / "model")  # its space is free before the second attempt
+    (folder / "model" / "model.safetensors").write_bytes(b"0123")
+    store.finish("aa11", {})
+    assert os.listdir(folder / "model") == ["model.safetensors"]
+    assert set(store.manifest("aa11")["files"]) == {"stage.json", "model/model.safetensors"}

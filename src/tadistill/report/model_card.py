@@ -27,6 +27,7 @@ from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, 
 from tadistill.results.number_text import number, parameters_text, rows_text, summary_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
+from tadistill.store import INCOMPLETE
 from tadistill.text import counted
 
 _FILES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv")
@@ -49,7 +50,8 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
     card = model_card(results, arm, chosen, source, name or str(target))
     try:
         with filling(target) as folder:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            # earlier versions kept such files in finished stages
+            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(INCOMPLETE))
             tokens.name_ends(folder)
             ordinary_permissions(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")

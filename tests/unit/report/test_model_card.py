@@ -44,6 +44,13 @@ def test_an_export_is_the_trained_model_with_its_card(shared, tmp_path):
     assert "torch 2.13.0" in card
 
 
+def test_incomplete_weights_of_a_killed_process_are_not_exported(tmp_path):
+    study = build_study(tmp_path, StudySpec(SMALL))
+    key = key_of("distill", ("xl", "l", "s"), 20, "chain")
+    (study.store_dir / key[:2] / key / "model" / ".tmpStrVoJ").write_bytes(b"0123")
+    assert not (export(study.results, "chain", 20, tmp_path / "out") / ".tmpStrVoJ").exists()
+
+
 def test_the_first_seed_is_exported_by_default(shared, tmp_path):
     target = export(shared.results, "direct-long", None, tmp_path / "out")
     assert json.loads((target / "config.json").read_text())["seed"] == 10
