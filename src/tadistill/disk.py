@@ -141,13 +141,14 @@ def writing(path: Path) -> Iterator[None]:
         raise StoreError(f"cannot write {path}: {reason}; {fix}") from error
 
 
-def ordinary_permissions(directory: Path) -> None:
-    """Give all files of a folder the permissions of a new file (umask). safetensors makes files that only their owner can read."""
+def ordinary_permissions(path: Path) -> None:
+    """Give a file, or all files of a folder, the permissions of a new file (umask). safetensors makes files that only their owner can
+    read."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in directory.iterdir():
-        if path.is_file() and not path.is_symlink():
-            path.chmod(0o666 & ~mask)
+    for file in path.iterdir() if path.is_dir() else (path,):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 @contextmanager
@@ -300,6 +301,7 @@ def _of_writing(error: OSError, folder: Path) -> bool:
 # --- reading ------------------------------------------------------------------------------------------------------------
 
 _AGAIN = "delete its directory and run the recipe again"
+PERMIT = "check its permissions: its owner lets others read it with `chmod a+r`"
 
 
 def read_json(path: Path, *, fix: str = _AGAIN) -> Any:
@@ -307,7 +309,7 @@ def read_json(path: Path, *, fix: str = _AGAIN) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise damaged(path, getattr(error, "strerror", None) or str(error), fix) from error
+        raise damaged(path, error, fix) from error
 
 
 def read_jsonl(path: Path, *, fix: str = _AGAIN) -> list[dict[str, Any]]:
@@ -328,7 +330,7 @@ def stream_jsonl(path: Path, *, fix: str = _AGAIN, start: int = 0) -> Iterator[t
                     yield place, _object(line, path, number, fix)
                 place += len(line)
     except OSError as error:
-        raise damaged(path, error.strerror or str(error), fix) from error
+        raise damaged(path, error, fix) from error
 
 
 def _object(line: bytes, path: Path, number: int, fix: str) -> dict[str, Any]:
@@ -341,6 +343,8 @@ def _object(line: bytes, path: Path, number: int, fix: str) -> dict[str, Any]:
     return row
 
 
-def damaged(path: Path, reason: str, fix: str = _AGAIN) -> StoreError:
-    """Return the StoreError for a file that is missing or damaged. Its message gives the file, the reason and the fix."""
-    return StoreError(f"{path} cannot be read ({reason}): {fix}")
+def damaged(path: Path, reason: str | Exception, fix: str = _AGAIN) -> StoreError:
+    """Return the StoreError for a file that is missing or damaged. Its message gives the file, the reason and the fix. If this user has no
+    permission to read the file, the fix is `PERMIT`."""
+    fix = PERMIT if isinstance(reason, PermissionError) else fix
+    return StoreError(f"{path} cannot be read ({getattr(reason, 'strerror', None) or reason}): {fix}")

@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tadistill.disk import digest, from_home, read_json, sha256, sync, write_json
+from tadistill.disk import damaged, digest, from_home, read_json, sha256, sync, write_json
 from tadistill.errors import ConfigError, StoreError
 from tadistill.text import counted
 
@@ -197,7 +197,8 @@ class Store:
         file is skipped if the manifest has no SHA-256 of it.
 
         Raises:
-            StoreError: files have changed. The message names all of them, their stages, and how to run the stages again.
+            StoreError: files have changed, or one may not be read. The message names all that have changed, their stages, and how to run
+                the stages again.
         """
         names, changed = tuple(names), dict[str, str]()
         for key in dict.fromkeys(keys):
@@ -330,6 +331,8 @@ def _change(folder: Path, name: str) -> str:
         return ""
     try:
         return "" if _stat(path) == stat or sha256(path) == recorded else "has changed since its stage wrote it"
+    except PermissionError as error:
+        raise damaged(path, error) from error
     except OSError as error:
         return f"cannot be read ({error.strerror or error})"
 

@@ -84,6 +84,16 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, content, words):
         read_json(path, fix="delete it and fetch again")
 
 
+@pytest.mark.parametrize("read", [read_json, read_jsonl])
+def test_without_permission_a_file_is_not_to_be_deleted(tmp_path, monkeypatch, read):
+    def refuse(path, *arguments, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(StoreError, match=r"a\.json cannot be read \(Permission denied\): check its permissions: its owner lets"):
+        read(tmp_path / "a.json", fix="delete it")
+
+
 @pytest.mark.parametrize("line", ["[1]", "{"])
 def test_a_damaged_line_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(f'{{"a": 1}}\n\n{line}\n')

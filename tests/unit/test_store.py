@@ -64,6 +64,16 @@ def test_all_changed_files_are_named(store):
         assert said in str(caught.value)
 
 
+def test_a_file_without_permission_is_not_to_be_deleted(store, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(module, "sha256", refuse)
+    os.utime(store.folder("aa11") / "scores.json", (1, 1))
+    with pytest.raises(StoreError, match=r"scores\.json cannot be read \(Permission denied\): check its permissions"):
+        store.artifact("aa11", "scores.json")
+
+
 @pytest.mark.parametrize("lost", [("stat",), ("stat", "files")])
 def test_manifests_of_earlier_versions_are_read(store, lost):
     """One has digests only; one that has none vouches for nothing, and its files are read."""

@@ -71,15 +71,21 @@ def read_description(path: Path, load: str) -> dict[str, Any]:
     """Return the content of a JSON file of a model, such as its config.json. `load` is the name of the model in error messages.
 
     Raises:
-        ModelError: the file is damaged.
+        ModelError: the file is damaged, or this user may not read it.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_hook=_number)
+    except PermissionError as error:
+        raise _not_permitted(path, load, error) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} of model `{load}` is damaged ({error}); download or save the model again") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path.name} of model `{load}` is not a JSON object; download or save the model again")
     return found
+
+
+def _not_permitted(path: Path, load: str, error: PermissionError) -> ModelError:
+    return ModelError(f"{path.name} of model `{load}` cannot be read ({error.strerror}); {disk.PERMIT}")
 
 
 def _number(found: dict[str, Any]) -> Any:
@@ -100,15 +106,19 @@ def check_files(directory: Path, load: str) -> None:
     """Check that no file of a model is empty, and that no file is only a pointer of Git LFS.
 
     Raises:
-        ModelError: a file is empty or only a pointer, or the directory contains both an adapter and a whole model. The message names the
-            file.
+        ModelError: a file is empty or only a pointer, this user may not read it, or the directory contains both an adapter and a whole
+            model. The message names the file.
     """
     for path in sorted(directory.iterdir()):
         if path.suffix not in (*WEIGHTS, ".json", ".model", *_TEXTS) or not path.is_file():
             continue
         if not path.stat().st_size and path.suffix not in _TEXTS:
             raise ModelError(f"{path.name} of model `{load}` is empty; download or save the model again")
-        if is_pointer(path):
+        try:
+            pointer = is_pointer(path)
+        except PermissionError as error:
+            raise _not_permitted(path, load, error) from error
+        if pointer:
             raise ModelError(f"{path.name} of model `{load}` is {POINTER}")
     if (directory / ADAPTER).is_file() and not is_adapter(directory):
         raise ModelError(

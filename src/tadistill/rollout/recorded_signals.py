@@ -24,7 +24,7 @@ from tadistill import rng
 from tadistill.config.sampling import HiddenSignal, SampledSignal, Signal, TopKSignal
 from tadistill.constants import RECORDING_BATCH
 from tadistill.data.batch import Sequence, by_length, collate
-from tadistill.disk import replacing
+from tadistill.disk import damaged, ordinary_permissions, replacing
 from tadistill.errors import ConfigError, StoreError
 from tadistill.models.teachers import Teacher
 from tadistill.objectives import Head, Hidden, Sampled, TopK, sampled_target, top_k
@@ -178,25 +178,33 @@ def _write(path: Path, tensors: dict[str, Tensor], settings: dict) -> None:
     # written under a temporary name and renamed, so that a killed process leaves no incomplete file
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"settings": json.dumps(settings)})
+        ordinary_permissions(temporary)
 
 
 class Signals:
     """The recorded outputs of a teacher. Only the requested sequences are read from disk."""
 
     def __init__(self, folder: Path, device: torch.device):
-        """Open the files in `folder`. Raises StoreError if a file is missing or damaged."""
+        """Open the files in `folder`. Raises StoreError if a file is missing or damaged, or if this user may not read it."""
         self._device, self._folder = device, folder
         head = folder / "head.safetensors"
-        paths = sorted(p for p in folder.glob("*.safetensors") if p != head)
         try:
+            files = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")
+            for path in files:  # of a file without permission, safetensors says that it does not exist
+                path.open("rb").close()
+            paths = [p for p in files if p != head]
             if [int(p.stem) for p in paths] != list(range(0, _PART * len(paths), _PART)) or not paths:
                 raise ValueError("a part is missing")
             self.head = _read_head(head, device) if head.is_file() else None
             self._parts = [_Part(path) for path in paths]
+            if self.head is None and "hidden" in self._parts[0].names:
+                raise ValueError(f"{head.name} is missing")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(error) from error
 
-    def _damaged(self, error: Exception) -> StoreError:
+    def _damaged(self, error: Exception | str) -> StoreError:
+        if isinstance(error, PermissionError):
+            return damaged(Path(error.filename), error)
         return StoreError(
             f"the recorded outputs of the teacher in {self._folder} are damaged ({error}); delete this folder and run the same command "
             "again"
@@ -206,10 +214,12 @@ class Signals:
         """Return the teacher's outputs at the response tokens of the sequences with the indices `rows`, one sequence after the other.
 
         Raises:
-            StoreError: the bytes of a sequence have changed since they were written.
+            StoreError: the bytes of a sequence are missing, or have changed since they were written.
         """
         try:
             found = [self._parts[row // _PART].sequence(row % _PART) for row in map(int, rows)]
+        except IndexError as error:
+            raise self._damaged("the last part is missing") from error
         except (OSError, SafetensorError, ValueError) as error:
             raise self._damaged(error) from error
         joined = {name: torch.cat([f[name] for f in found]) for name in found[0]}
@@ -247,12 +257,12 @@ class _Part:
         if "index" in self.settings and _digest(index.values()) != self.settings["index"]:
             raise ValueError(f"the index of {path.name} does not fit its checksum")
         self._checks = index.get("checks")
-        self._names = sorted(names - index.keys())
-        self._ends = {name: np.cumsum(index.get(f"{name} of", index["lengths"]).numpy()) for name in self._names}
+        self.names = sorted(names - index.keys())
+        self._ends = {name: np.cumsum(index.get(f"{name} of", index["lengths"]).numpy()) for name in self.names}
 
     def sequence(self, inside: int) -> dict[str, Tensor]:
         found = {}
-        for name in self._names:
+        for name in self.names:
             ends = self._ends[name]
             found[name] = self._file.get_slice(name)[slice(int(ends[inside - 1]) if inside else 0, int(ends[inside]))]
         if self._checks is not None and not torch.equal(_check(found), self._checks[inside]):

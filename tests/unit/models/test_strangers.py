@@ -216,6 +216,21 @@ def test_weights_that_are_not_finite_are_refused(value, whole, tmp_path):
         load_model(str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_without_permission_is_not_called_damaged(name, whole, monkeypatch):
+    original = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for read in (check_model, load_tokenizer):
+        with pytest.raises(ModelError, match=rf"{name} of model `{whole}` cannot be read \(Permission denied\); check its permissions"):
+            read(str(whole))
+
+
 def test_every_call_of_transformers_forbids_code():
     """Each from_pretrained and from_config of the package says trust_remote_code=False."""
     found = 0

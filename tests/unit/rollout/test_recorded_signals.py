@@ -1,6 +1,10 @@
 """A teacher's recorded signal: equal to the live teacher, resumable, and damaged files say so."""
 
 import json
+import os
+import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,13 +183,37 @@ def test_the_sampler_hands_out_the_signal_of_its_rows(tmp_path):
             torch.testing.assert_close(batch.targets[0].head.logits(batch.targets[0].states), live, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["00000004", "head"])
+@pytest.mark.parametrize("name", ["00000000", "00000004", "00000008", "head"])
 @pytest.mark.parametrize("content", [b"junk", None])
-def test_a_damaged_or_missing_part_is_named(tmp_path, name, content):
+def test_a_damaged_or_missing_file_is_named(tmp_path, name, content):
     record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31)
-    if content:
-        (tmp_path / f"{name}.safetensors").write_bytes(content)
-    else:
-        (tmp_path / "00000000.safetensors").unlink()
+    path = tmp_path / f"{name}.safetensors"
+    path.write_bytes(content) if content else path.unlink()
     with pytest.raises(StoreError, match=r"recorded outputs of the teacher .* damaged .* delete this folder"):
-        Signals(tmp_path, CPU)
+        Signals(tmp_path, CPU).target(range(len(ROWS)))
+
+
+def test_the_files_have_the_permissions_of_new_files(tmp_path):
+    mask = os.umask(0o027)
+    try:
+        record(tiny_model("llama"), ROWS, HiddenSignal(), tmp_path, vocab=31)
+    finally:
+        os.umask(mask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("name", ["", "00000004.safetensors", "head.safetensors"])
+def test_without_permission_a_recording_is_not_called_damaged(name):
+    if os.getuid() != 0:
+        pytest.skip("needs root, to become a user without permissions")
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "signal"
+        record(tiny_model("llama"), ROWS, HiddenSignal(), folder, vocab=31)
+        Path(root).chmod(0o755)
+        (folder / name).chmod(0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(StoreError, match=rf"{folder / name} cannot be read \(Permission denied\): check its permissions"):
+                Signals(folder, CPU)
+        finally:
+            os.seteuid(0)
