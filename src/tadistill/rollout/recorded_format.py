@@ -20,9 +20,10 @@ token stands for L2 - c * range / 15, where L2 is the smallest log-probability o
 logarithm 16 - c / 1024, but code 65,535 stands for a probability of 0. L1 is not stored. It follows from the other numbers, because the
 probabilities of all tokens and of the tail have the sum 1.
 
-A code is rounded, so a log-probability, relative to L1, is wrong by at most half a step: (r + 1/8) / 254 for the first tokens, and
-(r + 0.3) / 30 for the others. r is the exact range: L1 minus the smallest log-probability of the first tokens, or L2 minus that of the
-other tokens. A stored range is at most 31.9 nats. A token further below L1 or L2 gets the last code, and its error is larger.
+A code is rounded, so a log-probability, relative to L1, is wrong by at most half a step: (r + 1/8) / 254 for the first tokens, where r is
+the exact range: L1 minus the smallest log-probability of the first tokens. For the others, it is wrong by at most the larger of this bound
+and (s + 0.3) / 30, where s is L2 minus their smallest log-probability: L2 is rounded, and none of them can be stored above it. A stored
+range is at most 31.9 nats. A token further below L1 or L2 gets the last code, and its error is larger.
 
 **Drawn tokens.** An entry is one of the different tokens that were drawn at a position. It has ceil((i + d) / 8) bytes. The i lowest bits
 are the token's id. The next d bits are the number of times that the token was drawn, minus 1. i is the number of bits of V - 1. d is the

@@ -29,21 +29,37 @@ def by_id(kept: TopK) -> tuple[torch.Tensor, torch.Tensor]:
     return kept.ids.gather(-1, order), kept.log_probs.gather(-1, order)
 
 
+def errors_and_bounds(kept: TopK, found: TopK) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the errors of the log-probabilities, relative to the most probable token, in the order of `kept`, and the two bounds."""
+    k = kept.ids.shape[1]
+    log_p = by_id(found)[1].gather(-1, kept.ids.argsort(-1).argsort(-1))
+    first = kept.log_probs[:, 0] - kept.log_probs[:, min(k, FIRST) - 1]
+    rest = kept.log_probs[:, min(k, FIRST) - 1] - kept.log_probs[:, -1]
+    exact = kept.log_probs - kept.log_probs[:, :1]
+    return (log_p - log_p.max(-1, keepdim=True).values - exact).abs(), (first + 1 / 8) / 254, (rest + 0.3) / 30
+
+
 @pytest.mark.parametrize(("vocab", "k"), [(1, 1), (2, 1), (5, 3), (31, 31), (11, 11), (1000, 12), (151_936, 64)])
 def test_ids_are_exact_and_log_probabilities_within_half_a_step(vocab, k):
     _, kept = drawn(7, vocab, k)
     found = packed(kept, vocab)
-    ids, log_p = by_id(kept)
-    found_ids, found_log_p = by_id(found)
-    assert torch.equal(found_ids, ids)
-    # relative to the most probable token, as the module says: a range is rounded up to the next 1/8
-    first = kept.log_probs[:, 0] - kept.log_probs[:, min(k, FIRST) - 1]
-    rest = kept.log_probs[:, min(k, FIRST) - 1] - kept.log_probs[:, -1]
-    error = (found_log_p - found_log_p.max(-1, keepdim=True).values - log_p + log_p.max(-1, keepdim=True).values).abs()
-    bound = torch.maximum((first + 1 / 8) / 254, (rest + 1 / 4) / 30)
-    assert (error.max(-1).values <= bound + 1e-5).all()
+    assert torch.equal(by_id(found)[0], by_id(kept)[0])
+    error, first, rest = errors_and_bounds(kept, found)
+    assert (error[:, :FIRST] <= first[:, None] + 1e-5).all()
+    assert (error <= torch.maximum(first, rest)[:, None] + 1e-5).all()
     total = found.log_probs.double().exp().sum(-1) + found.tail.double().exp()
     torch.testing.assert_close(total, torch.ones_like(total), atol=1e-6, rtol=0)
+
+
+def test_other_tokens_just_below_the_first_share_their_error():
+    """They cannot be stored above the rounded log-probability of the last of the first tokens."""
+    below = torch.arange(8, 31.5, 0.037)[:, None]
+    log_p = torch.cat([torch.zeros_like(below), (-below).expand(-1, FIRST - 1), -below - 0.001, -below - 0.011], 1).log_softmax(-1)
+    kept = TopK(torch.arange(12).expand(len(log_p), -1), log_p, torch.full((len(log_p),), -60.0))
+    error, first, rest = errors_and_bounds(kept, packed(kept, 50))
+    assert (error[:, :FIRST] <= first[:, None] + 1e-5).all()
+    assert (error <= torch.maximum(first, rest)[:, None] + 1e-5).all()
+    assert (error[:, FIRST:] > 2 * rest[:, None]).any()  # so their own range alone is no bound
 
 
 def test_the_promised_bytes():
