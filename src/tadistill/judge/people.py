@@ -178,11 +178,10 @@ def summarise_ratings(ratings: Sequence[Rating], key: Mapping[str, Any]) -> dict
         means = {
             s: [float(np.mean([*by_arm[i, arm].values()])) for i in items if items[i]["set"] == s and (i, arm) in by_arm] for s in sets
         }
-        rows += _score_rows(arm, {name: values for name, values in means.items() if values}, key["scale"])
+        rows += _score_rows(arm, means, key["scale"])
     for arm, other in itertools.combinations(arms, 2):
         outcomes = {name: _outcomes(by_arm, [i for i in items if items[i]["set"] == name], arm, other) for name in sets}
-        strata = {name: np.asarray([values], float) for name, values in outcomes.items() if values}
-        rows += pair_rows(arm, other, strata)
+        rows += pair_rows(arm, other, {name: np.asarray([values], float) for name, values in outcomes.items()})
     raters = sorted({rating.rater for rating in ratings})
     answers = sum(len(item["letters"]) for item in items.values())
     return {

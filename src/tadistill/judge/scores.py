@@ -251,8 +251,7 @@ def summarise(answers: Answers, questions: Sequence[Question], verdicts: Verdict
     rows: list[Row] = []
     for arm in (name for name in answers.arms if name != against):
         strata = {name: _complete(scores, answers, name, arm, against) for name in dict.fromkeys(item.set for item in answers.items)}
-        found = make(arm, against, {name: values for name, values in strata.items() if values.size})
-        rows += [row for row in found if row["set"] != MEAN or all(values.size for values in strata.values())]
+        rows += make(arm, against, strata)
     return rows
 
 
@@ -292,7 +291,7 @@ def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], row
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:
-    """Return one row per test set. With several sets, add a row over all of them.
+    """Return one row per test set with values. With several sets, add a row over all of them, if every set has values.
 
     That row has the summed counts and the mean of the win rates, in which each set has the same weight. The arrays of `strata_SN` have one
     value per training seed and prompt: 1 is a win, 0 a tie, -1 a loss.
@@ -309,9 +308,12 @@ def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]
 
 
 def with_mean(strata: Mapping[str, T]) -> list[tuple[str, list[T]]]:
-    """Return the name and the values of each test set. With several sets, add the values of all sets, for the mean over sets."""
-    groups = [(name, [values]) for name, values in strata.items()]
-    return [*groups, (MEAN, list(strata.values()))] if len(groups) > 1 else groups
+    """Return the name and the values of each test set that has values. With several sets, add all values, for the mean over sets.
+
+    If a set has no values, there is no mean: a table would compare it with means over more sets.
+    """
+    groups = [(name, [values]) for name, values in strata.items() if np.size(values)]
+    return [*groups, (MEAN, list(strata.values()))] if 1 < len(groups) == len(strata) else groups
 
 
 def rounded(**values: float) -> dict[str, float]:
@@ -344,4 +346,4 @@ def _complete(scores: Mapping[tuple, Scores], answers: Answers, name: str, arm: 
         keys = [[(name, index, seed, *names) for names in ((arm, other), (other, arm))] for seed in range(len(answers.seeds))]
         if all(key in scores for of_seed in keys for key in of_seed):
             kept.append([[scores[key] for key in of_seed] for of_seed in keys])
-    return np.asarray(kept, float).swapaxes(0, 1) if kept else np.empty(0)
+    return np.asarray(kept, float).swapaxes(0, 1) if kept else np.empty((len(answers.seeds), 0, 2, 2))

@@ -12,7 +12,7 @@ from tadistill.cli import app
 from tadistill.config.evaluate import BlindSheet
 from tadistill.errors import ConfigError, DataError, StoreError
 from tadistill.judge import commands
-from tadistill.judge.people import Rating, Sheet, agreement, write_sheet
+from tadistill.judge.people import Rating, Sheet, agreement, summarise_ratings, write_sheet
 from tadistill.terminal import Terminal
 
 
@@ -135,6 +135,15 @@ def test_two_raters(study, tmp_path, delimiter):
     assert (found["mode"], found["raters"], found["scale"], found["missing"]) == ("human", ["ann", "bob"], [1, 5], 6)
     assert (found["agreement"]["raters"], found["agreement"]["shared"]) == (2, 14)
     assert -1 <= found["agreement"]["value"] < 1
+
+
+def test_a_mean_over_sets_needs_ratings_of_all_of_them():
+    """Otherwise the means of a table would cover different sets. One answer of `facts` is rated, so only its arm has a mean."""
+    items = {f"p{i:03d}": {"set": name, "letters": {"A": "kd", "B": "takd"}} for i, name in enumerate(["dolly", "vicuna", "facts"], 1)}
+    ratings = [Rating("ann", item, letter, 3) for item in ("p001", "p002") for letter in "AB"]
+    rows = summarise_ratings([*ratings, Rating("ann", "p003", "A", 1)], {"items": items, "scale": [1, 5]})["rows"]
+    assert [row["set"] for row in rows if "score" in row] == ["dolly", "facts", "vicuna", "mean", "dolly", "vicuna"]
+    assert [row["set"] for row in rows if "score" not in row] == ["dolly", "vicuna"]
 
 
 def test_every_file_is_a_rater_whatever_its_name(study, tmp_path):
