@@ -217,11 +217,11 @@ def spans_of(ids: Sequence[int], own: TokenBytes, other: TokenBytes) -> list[tup
     """Return for each span: the number of the student's tokens before its end, whether it is single, and the teacher's tokens."""
     mine, theirs = read_again(ids, own, other)
     found = align(mine, theirs)
-    ends = {span: place + 1 for place, span in enumerate(found.student)}
+    ends, counts = {span: place + 1 for place, span in enumerate(found.student)}, Counter(found.student)
     tokens: dict[int, list[int]] = {}
     for token, span in zip(theirs.ids, found.teacher, strict=True):
         tokens.setdefault(span, []).append(token)
-    return [(ends[k], single, tokens[k]) for k, single in enumerate(found.single())]
+    return [(ends[k], counts[k] == len(tokens[k]) == 1, tokens[k]) for k in range(len(found.ends))]
 
 
 COLUMNS = ["step", "extra MB", "memory ratio", "CPU s", "time ratio"]

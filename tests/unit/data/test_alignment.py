@@ -1,8 +1,10 @@
 """Two tokenisations of one text, byte for byte: random Unicode, sampled tokens, special tokens, normalisers, and real rows."""
 
 import random
+import runpy
 from functools import cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -413,3 +415,18 @@ def test_words_are_shared_with_tokens_that_begin_with_a_space():
     assert (2, alphabet["the"]) in pairs  # the first word of a text, and the word behind a line break, have no space: no shared token
     wordy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     assert set(zip(*shared_tokens(token_bytes(wordy.tokenizer), parts), strict=True)) == {(1, alphabet["</s>"])}
+
+
+def test_the_command_that_counts_spans(tmp_path, monkeypatch, capsys):
+    """The page "Different tokenizers" gives this command. It read a method of `Alignment` that no longer exists."""
+    benchmarks = Path(__file__).parents[3] / "benchmarks"
+    monkeypatch.syspath_prepend(benchmarks)
+    script = runpy.run_path(str(benchmarks / "vocabularies.py"))
+    (tmp_path / "rows.jsonl").write_text('{"output": "the theatre"}\n')
+    for name, merges in (("student", 0), ("teacher", 3)):
+        bpe(merges).save_pretrained(tmp_path / name)
+    script["texts"](tmp_path / "rows.jsonl", str(tmp_path / "student"), str(tmp_path / "teacher"))
+    pieces = token_bytes(bpe(3)).read("the theatre").pieces
+    single = sum(len(piece) == 1 for piece in pieces)
+    assert 0 < single < len(pieces)
+    assert f"spans: {len(pieces)}\nspans of one token on both sides: {single}\n" in capsys.readouterr().out
