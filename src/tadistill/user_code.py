@@ -5,6 +5,8 @@ function.check("a metric is called with", "prediction", "references")
 
 MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. A stage's key depends
 on a hash of the file, so the stage runs again if the file has changed. Commands that only read results never import the code.
+
+Studies of one process can have files of the same name: a function is looked for in the folder of its own study, and in no other study's.
 """
 
 import hashlib
@@ -22,6 +24,7 @@ from typing import Any
 from tadistill.errors import ConfigError, did_you_mean
 
 _DIGEST = "__tadistill_source__"  # attribute of an imported module: the digest of its source file at the time of the import
+_FOLDERS: list[str] = []  # the folder that `_enter` has added to sys.path: that of the last study
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,10 @@ def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
         ConfigError: there is no such module or function, or the import fails.
     """
     where, (module_name, _, attribute) = Path(folder or ".").resolve(), name.partition(":")
+    _enter(where)
     file = _file(name, module_name, where)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    module = _imported(name, module_name, file, where, digest)
+    module = _imported(name, module_name, file, digest)
     found = getattr(module, attribute, None)
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -78,9 +82,28 @@ def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
     return OwnFunction(name, file, digest, found)
 
 
-def _file(name: str, module: str, folder: Path) -> Path:
+def _enter(folder: Path) -> None:
+    # imports look into the folder of this study, but no more into that of another study, and forget its modules
+    for other in [path for path in _FOLDERS if path != str(folder)]:
+        _FOLDERS.remove(other)
+        sys.path[:] = [path for path in sys.path if path != other]
+        for name, module in [*sys.modules.items()]:
+            own = module.__dict__.get("__file__") if isinstance(module, ModuleType) else None
+            if own is not None and Path(own) in _places(name, Path(other)):
+                del sys.modules[name]
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # at the end, so that no file here replaces an installed module
+        _FOLDERS.append(str(folder))
+
+
+def _places(module: str, folder: Path) -> tuple[Path, Path]:
     beside = folder.joinpath(*module.split("."))
-    for path in (beside.with_suffix(".py"), beside / "__init__.py"):
+    return beside.with_suffix(".py"), beside / "__init__.py"
+
+
+def _file(name: str, module: str, folder: Path) -> Path:
+    places = _places(module, folder)
+    for path in places:
         if path.is_file():
             return path
     try:
@@ -90,24 +113,18 @@ def _file(name: str, module: str, folder: Path) -> Path:
     if spec is None:
         files = (path.stem for path in folder.glob("*.py"))
         hint = did_you_mean(module, files, "write the function into this file, or install its package")
-        raise ConfigError(
-            f"`{name}` was not found: there is no file {beside.with_suffix('.py')}, and no module {module} is installed; {hint}"
-        )
+        raise ConfigError(f"`{name}` was not found: there is no file {places[0]}, and no module {module} is installed; {hint}")
     if not spec.origin or not spec.origin.endswith(".py"):
         raise ConfigError(f"`{name}` is in module {module}, which has no Python source; name a function of a .py file")
     return Path(spec.origin)
 
 
-def _imported(name: str, module: str, file: Path, folder: Path, digest: str) -> ModuleType:
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # at the end, so that no file here replaces an installed module
-    loaded = sys.modules.get(module)
+def _imported(name: str, module: str, file: Path, digest: str) -> ModuleType:
+    if getattr(sys.modules.get(module), _DIGEST, digest) != digest:
+        del sys.modules[module]  # a reload would keep functions that are no longer in the file
     try:
-        if loaded is None:
-            importlib.invalidate_caches()
-            loaded = importlib.import_module(module)
-        elif getattr(loaded, _DIGEST, digest) != digest:
-            loaded = importlib.reload(loaded)
+        importlib.invalidate_caches()
+        loaded = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(
             f"`{name}` cannot be imported: {_place(error, file)}: {type(error).__name__}: {error}; correct the file"
