@@ -1,5 +1,7 @@
 """Metrics and objectives of the user's own code: found beside the recipe, tried before work, part of a stage's identity."""
 
+import sys
+
 import pytest
 import torch
 
@@ -92,6 +94,9 @@ def test_mistakes_are_found_by_the_plan(study, change, words):
         (("return len(prediction)", "return None"), "returned None; return a number"),
         (("return len(prediction)", "if prediction in [*references, '']: return 1"), "returned None; return a number"),
         (("return len(prediction)", "return len(prediction) if prediction != '?' else 'none'"), "returned 'none'; return a number"),
+        (("return len(prediction)", "return '5'"), "returned '5'; return a number"),
+        (("return len(prediction)", "return b'5'"), "returned b'5'; return a number"),
+        (("return len(prediction)", "return 10**400"), "returned a number beyond the range of float64; return a finite number"),
         (("return len(prediction)", "return float('nan')"), "returned nan; return a finite number"),
         ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 7\)"),
         (("student - teacher", "teacher - teacher"), "has no gradient to the student's logits"),
@@ -130,6 +135,31 @@ def test_a_module_is_never_mixed_up_with_an_installed_one(tmp_path):
     (tmp_path / "textwrap.py").write_text("def score(p, r): return 0.0")
     with pytest.raises(ConfigError, match="has the same name as a module of Python"):
         load_function("textwrap:score", tmp_path)
+
+
+def test_each_study_of_a_process_has_its_own_modules(tmp_path, monkeypatch):
+    """The second study's file was refused, and a file that it imports was the first study's."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name, factor in (("a", 1), ("b", 22)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own_losses.py").write_text("from own_factor import factor\n\ndef f():\n    return factor\n")
+        (tmp_path / name / "own_factor.py").write_text(f"factor = {factor}\n")
+    (tmp_path / "a" / "own_more.py").write_text("def f():\n    return 3\n")
+    assert load_function("own_more:f", tmp_path / "a").call() == 3
+    assert [load_function("own_losses:f", tmp_path / name).call() for name in "abab"] == [1, 22, 1, 22]
+    with pytest.raises(ConfigError, match=r"there is no file .*own_more\.py, and no module own_more is installed"):
+        load_function("own_more:f", tmp_path / "b")
+
+
+def test_a_changed_module_has_only_what_is_in_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    file = tmp_path / "own_changed.py"
+    file.write_text("def f():\n    return 1\n\ndef g():\n    return 2\n")
+    assert load_function("own_changed:g", tmp_path).call() == 2
+    file.write_text("def f():\n    return 3\n")
+    with pytest.raises(ConfigError, match=r"g in .*own_changed\.py does not exist"):
+        load_function("own_changed:g", tmp_path)
+    assert load_function("own_changed:f", tmp_path).call() == 3
 
 
 def test_a_declared_metric_is_shown_like_any_other(study, monkeypatch):

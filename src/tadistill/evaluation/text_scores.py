@@ -255,8 +255,12 @@ def _own_score(function: OwnFunction, prediction: str, references: list[str]) ->
         found = function.call(prediction, references)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(f"{given} failed with {type(error).__name__}: {error}; correct the function") from error
+    if isinstance(found, str | bytes | bytearray):  # `float` would read the number in a text
+        raise ConfigError(f"{given} returned {found!r}; return a number")
     try:
         value = float(found)
+    except OverflowError as error:
+        raise ConfigError(f"{given} returned a number beyond the range of float64; return a finite number") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{given} returned {found!r}; return a number") from error
     if not math.isfinite(value):
