@@ -1,6 +1,7 @@
 """What the package, its recipes and its pages say about other files: every file that they name exists."""
 
 import ast
+import json
 import re
 import runpy
 import subprocess
@@ -53,6 +54,29 @@ def test_the_script_that_splits_a_file_writes_no_empty_part(tmp_path, monkeypatc
         exec(script, {})
     assert len({*Path("parts").glob("*.jsonl")}) == (3 if prompts == 3 else 0)
     assert all(part.read_text("utf-8").count("\n") == 1 for part in Path("parts").glob("*.jsonl"))
+
+
+def test_the_script_that_splits_a_file_keeps_equal_prompts_in_one_part(tmp_path, monkeypatch):
+    """An empty input, a null and none are the same prompt for the package, but were three for the script."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": "a"}, {"instruction": "a", "input": ""}, {"instruction": "a", "input": None, "messages": None}]
+    rows += [{"instruction": "b", "messages": []}, {"messages": [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}]
+    Path("all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (script,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/how-to/own-data.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    exec(script, {})
+    assert sorted(part.read_text("utf-8").count("\n") for part in Path("parts").glob("*.jsonl")) == [1, 1, 3]
+
+
+@pytest.mark.slow
+def test_the_command_that_converts_csv_keeps_texts(tmp_path, monkeypatch):
+    """`None` and `NA` became null, and `007` the number 7."""
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("instruction,input,output\nx,,None\ny,NA,007\n")
+    (script,) = re.findall(r'`python -c "(import pandas; .*?)"`', (ROOT / "docs/how-to/own-data.md").read_text("utf-8"))
+    exec(script, {})
+    rows = [json.loads(line) for line in Path("a.jsonl").read_text().splitlines()]
+    assert rows == [{"instruction": "x", "input": "", "output": "None"}, {"instruction": "y", "input": "NA", "output": "007"}]
 
 
 def test_messages_name_pages_by_their_titles():
