@@ -228,6 +228,7 @@ class Tries:
     """Outcomes of many tries, and the problems among them."""
 
     def __init__(self) -> None:
+        prepared(SMALL)  # imports packages: an alarm in an import would leave half a package, and break later tries
         self.count: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
 

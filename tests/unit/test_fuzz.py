@@ -1,6 +1,8 @@
 """The short form of benchmarks/fuzz.py: wrong recipes and data are refused in sentences that name their place, before any stage."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,13 @@ def elsewhere(tmp_path, monkeypatch):
 def test_the_last_sentence_of_many_has_no_place():
     for left in ("1 more problem is", "30 more problems are"):
         assert FUZZ["PLACE"].search(f"recipe: {left} shown when those above are corrected")
+
+
+@pytest.mark.slow
+def test_no_alarm_rings_during_the_import_of_transformers(tmp_path):
+    """On a busy machine, the import lasted longer than the alarm. It left half a package, and all later tries failed."""
+    code = "import runpy, sys; tries = runpy.run_path(sys.argv[1])['Tries'](); assert 'transformers.modeling_utils' in sys.modules"
+    subprocess.run([sys.executable, "-c", code, Path(__file__).parents[2] / "benchmarks" / "fuzz.py"], check=True, cwd=tmp_path)
 
 
 @pytest.mark.slow
