@@ -7,11 +7,12 @@ contains the keys of all stages of a study. `advise` and `search` also write fil
 import datetime
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -28,9 +29,12 @@ from tadistill.text import counted
 _STORE = "store"
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
 _TRACKERS = ("tensorboard", "trackio", "wandb")  # folders of other programs, in studies or beside them
-_Place = Literal["runs", "study", "tracker", "link"]
-"""The place of a folder: where studies stand, in a study, in the folder of a tracker, or behind a link in one of these two."""
-_READABLE = ("runs", "study")
+_Place = Literal["runs", "study", "beside", "link"]
+"""Place of a folder: where studies stand, in a study, beside a study behind a link, or elsewhere behind a link or in a folder of a tracker.
+The link is one in a study: where studies stand, a folder behind a link has the place that it would have without the link."""
+_BEHIND = ("beside", "link")
+_LEVELS = 2  # behind a link, studies are looked for in its folder and in the folders there
+_KEY = re.compile("[0-9a-f]{16}")
 _SHOWN = 20  # rows of the table before the question
 _WIDEST = 1000  # characters in a line of the table of studies
 
@@ -128,7 +132,8 @@ def unneeded(runs: Path, store: Store) -> list[Unneeded]:
     """
     found = dict(_records(store))
     needed: set[str] = set()
-    todo = [key for study in _folders(runs) for key in _named_keys(study, store.root) if key in found]
+    seen = set[tuple[str, _Place, int]]()
+    todo = [key for study in _folders(runs) for key in _named_keys(study, seen) if key in found]
     while todo:
         key = todo.pop()
         if key not in needed:
@@ -178,58 +183,67 @@ def _folders(runs: Path) -> list[Path]:
     return [path for path in found if os.path.isdir(path) or (path.is_symlink() and not os.path.exists(path))]
 
 
-def _named_keys(study: Path, store: Path) -> Iterator[str]:
+def _named_keys(study: Path, seen: set[tuple[str, _Place, int]]) -> Iterator[str]:
     """Return the keys in the JSON files of a study's folder and of all folders below it, which may be studies too, such as old ones.
 
     Links are followed, and all of it must be readable, with two exceptions: the folders of trackers, such as W&B, and links in a study that
-    tadistill has not made. Such a link may lead nowhere, and what is behind it may be unreadable; keys are read only in the studies there.
-    But beside another study, each folder and link may be a study too.
+    tadistill has not made. Only studies are looked for there, some levels deep, because a link may lead to all data of a user. Links there
+    may lead nowhere, and folders may be unreadable, but not beside a study: they may be studies too. `seen` has the places already read.
     """
-    todo: list[tuple[Path, _Place]] = [(study, "runs")]
-    seen = {(os.path.realpath(store), place) for place in get_args(_Place)}  # links may lead in a circle
+    todo: list[tuple[Path, _Place, int]] = [(study, "runs", _LEVELS)]
     while todo:
-        folder, place = todo.pop()
-        if (visit := (os.path.realpath(folder), place)) in seen:
-            continue
+        folder, place, levels = todo.pop()
+        visit = os.path.realpath(folder), place, levels
+        if visit in seen or (_KEY.fullmatch(folder.name) and folder.parent.name == folder.name[:2]):
+            continue  # a stage of another store: its files name only its own
         seen.add(visit)
+        in_study = _is_study(folder)
         try:
             with os.scandir(folder) as found:
-                paths = sorted(folder / entry.name for entry in found)
+                entries = sorted(found, key=lambda entry: entry.name) if in_study or levels else []
         except OSError as error:
-            if place in _READABLE:
+            if place != "link":
                 raise _unknown(study, folder, error) from error
             continue
-        in_study = _is_study(folder)
-        if any(os.path.isdir(path) and _is_study(path) for path in paths):
-            place = "runs"
-        elif in_study:
-            place = "study"
-        elif folder.name in _TRACKERS:
-            place = "tracker"
-        for path in paths:
-            below = _below(path, place, in_study=in_study)
+        holds = any(_is_study(folder / entry.name) for entry in entries if entry.is_symlink() or entry.is_dir())
+        place = _place(folder, place, in_study=in_study, holds=holds)
+        left = levels - 1 if place in _BEHIND else _LEVELS
+        for entry in entries:
+            path, below = folder / entry.name, _below(entry, place, in_study=in_study)
             try:
-                if path.is_dir():
-                    todo.append((path, below))
-                elif path.suffix == ".json" and place != "link":
+                if entry.is_dir():
+                    todo.append((path, below, left))
+                elif path.suffix == ".json" and place not in _BEHIND:
                     yield from keys_in(path)
-                else:
-                    path.stat()  # a link may lead to a study that is not there
+                elif entry.is_symlink():
+                    path.stat()  # it may lead to a study that is not there
             except OSError as error:
-                if below in _READABLE:
+                if below != "link":
                     raise _unknown(study, path, error) from error
 
 
-def _below(path: Path, place: _Place, *, in_study: bool) -> _Place:
-    if in_study and (path.name in _FOLDERS or path.suffix == ".json"):
+def _place(folder: Path, place: _Place, *, in_study: bool, holds: bool) -> _Place:
+    # `holds`: studies stand in this folder
+    if in_study or place not in _BEHIND:
+        return "runs" if holds else "study" if in_study else "link" if folder.name in _TRACKERS else place
+    return "beside" if holds else "link"
+
+
+def _below(entry: os.DirEntry[str], place: _Place, *, in_study: bool) -> _Place:
+    if in_study and (entry.name in _FOLDERS or entry.name.endswith(".json")):
         return "runs"
-    if in_study and path.name in _TRACKERS:
-        return "tracker"
-    return "link" if path.is_symlink() and place != "runs" else place
+    if in_study and entry.name in _TRACKERS:
+        return "link"
+    return "link" if entry.is_symlink() and place == "study" else place
 
 
 def _is_study(folder: Path) -> bool:
-    return os.path.isfile(folder / "plan.json") or is_search(folder)
+    # other programs also have files with these names
+    files = [path for name in ("plan.json", SEARCH, "advice.json") if os.path.isfile(path := folder / name)]
+    try:
+        return any(b'"stages"' in path.read_bytes() for path in (*files, *folder.glob("local/*.json")))
+    except OSError:
+        return True  # its stages are not known
 
 
 def _unknown(study: Path, path: Path, error: OSError) -> StoreError:

@@ -172,16 +172,9 @@ def test_links_and_files_of_other_programs_keep_no_stages_from_being_deleted(sto
     assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
 
 
-def test_a_link_of_a_study_to_a_folder_without_permission_keeps_no_stages(store, tmp_path, monkeypatch):
-    (tmp_path / "mine" / "data").symlink_to("/closed/data")
-    real = Path.is_dir
-
-    def is_dir(path: Path) -> bool:
-        if path.name == "data":
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr("pathlib.Path.is_dir", is_dir)
+@pytest.mark.parametrize("target", ["/closed/data", "data"])
+def test_a_link_of_a_study_that_cannot_be_followed_keeps_no_stages(store, tmp_path, target):
+    (tmp_path / "mine" / "data").symlink_to(target)
     assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
 
 
@@ -193,7 +186,7 @@ def test_a_link_that_leads_nowhere_deletes_nothing_also_in_a_folder_of_studies(s
     (tmp_path / "mine" / "my-archive").symlink_to(archive)
     for study in ("group/local", "group/local/study", "wandb", "mine/first/third", "archive/first"):
         (tmp_path / study).mkdir(parents=True, exist_ok=True)
-        (tmp_path / study / "plan.json").write_text("{}")
+        (tmp_path / study / "plan.json").write_text('{"stages": []}')
     (tmp_path / link).parent.mkdir(exist_ok=True)
     (tmp_path / link).symlink_to("/not/mounted")
     with pytest.raises(StoreError, match=rf"{link} \(No such file.* needs are not known; mount the disk of /not/mounted"):
@@ -209,11 +202,13 @@ def test_a_link_that_leads_nowhere_in_a_users_folder_in_a_study_keeps_no_stages(
     assert [row.key for row in unneeded(tmp_path, store)] == ["c" * 16, "d" * 16]
 
 
-@pytest.mark.parametrize("link", ["mine/archive", "mine/notes/archive", "mine/wandb/archive"])
-def test_studies_behind_a_link_in_a_study_keep_their_stages(store, tmp_path, tmp_path_factory, link):
+@pytest.mark.parametrize(
+    ("link", "other"), [("mine/archive", "2024/two"), ("mine/notes/archive", "2024/two"), ("mine/wandb/archive", "two")]
+)
+def test_studies_behind_a_link_in_a_study_keep_their_stages(store, tmp_path, tmp_path_factory, link, other):
     """The link was not followed, because it does not lead to a study itself, and `clean` offered the stages of the studies for deletion."""
     archive = tmp_path_factory.mktemp("archive")
-    for name, key in (("one", "c"), ("2024/two", "d")):
+    for name, key in (("one", "c"), (other, "d")):
         (archive / name).mkdir(parents=True)
         (archive / name / "plan.json").write_text(json.dumps({"stages": [{"key": key * 16}]}))
     (tmp_path / link).parent.mkdir(exist_ok=True)
@@ -223,6 +218,44 @@ def test_studies_behind_a_link_in_a_study_keep_their_stages(store, tmp_path, tmp
     (archive / "three").symlink_to("/not/mounted")
     with pytest.raises(StoreError, match=r"archive/three \(No such file.*; mount the disk of /not/mounted, or correct or delete the link"):
         unneeded(tmp_path, store)
+
+
+def test_a_link_to_all_data_of_a_user_is_not_searched_to_its_end(store, tmp_path, tmp_path_factory, monkeypatch):
+    """`clean` asked for every file behind the links of each study, and read JSON files there."""
+    data, read = tmp_path_factory.mktemp("data"), list[str]()
+    (data / "a" / "b" / "c").mkdir(parents=True)
+    (data / "a" / "rows.json").write_text("c" * 16)
+    (tmp_path / "other").mkdir()
+    for study in ("mine", "other"):
+        (tmp_path / study / "plan.json").write_text('{"stages": []}')
+        (tmp_path / study / "data").symlink_to(data)
+    real = os.scandir
+    monkeypatch.setattr("os.scandir", lambda path=".": read.append(os.path.realpath(path)) or real(path))
+    assert {row.key for row in unneeded(tmp_path, store)} == {*ALL}
+    assert [os.path.relpath(path, data) for path in read if path.startswith(str(data))].count(".") == 1
+    assert not any(path.endswith("/a/b/c") for path in read)
+
+
+def test_the_store_of_another_runs_directory_keeps_no_stages(store, tmp_path, tmp_path_factory):
+    """Its manifests name their own keys, so `clean` kept every stage that is in both stores."""
+    old = tmp_path_factory.mktemp("old")
+    Store(old / "store").begin("c" * 16, {})
+    Store(old / "store").finish("c" * 16, {"key": "c" * 16})
+    (old / "first").mkdir()
+    (old / "first" / "plan.json").write_text('{"stages": []}')
+    (tmp_path / "old").symlink_to(old)
+    (tmp_path / "mine" / "old").symlink_to(old)
+    assert {row.key for row in unneeded(tmp_path, store)} == {"c" * 16, "d" * 16}
+
+
+def test_a_plan_of_another_program_behind_a_link_is_no_study(store, tmp_path, tmp_path_factory):
+    """A link beside it that leads nowhere stopped `clean`."""
+    projects = tmp_path_factory.mktemp("projects")
+    (projects / "terraform").mkdir()
+    (projects / "terraform" / "plan.json").write_text("{}")
+    (projects / "gone").symlink_to("/gone")
+    (tmp_path / "mine" / "projects").symlink_to(projects)
+    assert {row.key for row in unneeded(tmp_path, store)} == {"c" * 16, "d" * 16}
 
 
 def test_a_linked_folder_of_studies_is_followed(store, tmp_path, tmp_path_factory):
