@@ -175,7 +175,6 @@ def test_seeds_are_whole_numbers_of_python_or_numpy(commands, seeds):
 
 def test_scoring_adds_no_handler_to_the_root_logger(monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    text_scores._scorer.cache_clear()
     assert text_scores.rouge_l(["the cats sat"], [["a cat sits"]]) == [pytest.approx(100 / 3)]
     assert logging.getLogger().handlers == []
 

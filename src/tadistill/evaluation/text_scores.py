@@ -7,9 +7,9 @@ text metric, add a line to one of these functions, and a row to `tadistill.metri
 import math
 import string
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from tadistill.data.rows import Example, Facts, beyond_ascii, is_symbol, repeate
 from tadistill.errors import ConfigError
 from tadistill.text import named, without_spaces
 from tadistill.user_code import OwnFunction
-
-if TYPE_CHECKING:
-    from rouge_score.rouge_scorer import RougeScorer
 
 _BLEU_ORDER = 4
 _DISTINCT = (1, 2, 4)
@@ -71,7 +68,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
     If a prediction has several references, the best score counts.
     """
-    return _best_rouge(_scorer(), predictions, references)
+    return _best_rouge(_ascii_words, predictions, references)
 
 
 UNSEEN = 0.01
@@ -96,11 +93,36 @@ def rouge_l_unicode(predictions: Sequence[str], references: Sequence[Sequence[st
     exceptions. In scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan), each character is a word. Each symbol
     that is not ASCII, such as an emoji, is a word too. Only ASCII words are stemmed.
     """
-    return _best_rouge(_unicode_scorer(), predictions, references)
+    return _best_rouge(_unicode_words, predictions, references)
 
 
-def _best_rouge(scorer: "RougeScorer", predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    return [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
+def _best_rouge(split: Callable[[str], list[str]], predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+    pairs = zip(predictions, references, strict=True)
+    return [100 * max(_f_measure(answer, split(r)) for r in refs) for answer, refs in ((split(p), refs) for p, refs in pairs)]
+
+
+def _f_measure(answer: Sequence[str], reference: Sequence[str]) -> float:
+    # equals rouge_score's value, whose own table of n x m numbers takes seconds and hundreds of MB for thousands of words
+    from rouge_score import scoring
+
+    if not (answer and reference):
+        return 0.0
+    common = _longest_common(answer, reference)
+    return scoring.fmeasure(common / len(answer), common / len(reference))
+
+
+def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
+    # length of the longest common subsequence (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"): one integer is a row of the
+    # usual table, and bit i is 0 where the length grows at word i of `one`
+    places: dict[str, int] = {}
+    for i, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << i
+    row = full = (1 << len(one)) - 1
+    for word in other:
+        if word in places:
+            equal = row & places[word]
+            row = (row + equal | row - equal) & full
+    return len(one) - row.bit_count()
 
 
 _PRESENTATION = "\ufe0e\ufe0f"  # they choose between the text form and the colour form of a symbol
@@ -164,25 +186,24 @@ def _plain(text: str) -> str:
 
 
 @lru_cache
-def _scorer() -> "RougeScorer":
-    from rouge_score import rouge_scorer, tokenizers  # here: they import nltk and scipy.stats, which most stages do not need
+def _stemmer() -> Any:
+    from nltk.stem.porter import PorterStemmer  # here: it imports scipy.stats, which most stages do not need
 
-    # Without a tokenizer, RougeScorer makes the same one, and writes a line to the log: absl then adds a handler to the root logger.
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True))
+    class Stemmer:  # it keeps the stems of frequent words, because stemming takes longer than the rest of a score
+        stem = staticmethod(lru_cache(maxsize=2**16)(PorterStemmer().stem))
+
+    return Stemmer()
 
 
-@lru_cache
-def _unicode_scorer() -> "RougeScorer":
-    from nltk.stem.porter import PorterStemmer
-    from rouge_score import rouge_scorer
+def _ascii_words(text: str) -> list[str]:
+    from rouge_score import tokenize
 
-    stemmer = PorterStemmer()
+    return tokenize.tokenize(text, _stemmer())
 
-    class Words:
-        def tokenize(self, text: str) -> list[str]:
-            return [stemmer.stem(word) if word.isascii() and len(word) > 3 else word for word in words(text)]
 
-    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words())
+def _unicode_words(text: str) -> list[str]:
+    stem = _stemmer().stem
+    return [stem(word) if word.isascii() and len(word) > 3 else word for word in words(text)]
 
 
 # --- repetition and variety -------------------------------------------------------------------------------------------------
@@ -201,8 +222,13 @@ def distinct(predictions: Sequence[str], n: int) -> float:
 
     An n-gram lies inside one prediction. The result is 0 if no prediction has n words.
     """
-    grams = [tuple(words[i : i + n]) for words in map(str.split, predictions) for i in range(len(words) - n + 1)]
-    return 100 * len(set(grams)) / len(grams) if grams else 0.0
+    different: set[tuple[str, ...]] = set()
+    total = 0
+    for words in map(str.split, predictions):
+        count = max(len(words) - n + 1, 0)
+        different.update(tuple(words[i : i + n]) for i in range(count))
+        total += count
+    return 100 * len(different) / total if total else 0.0
 
 
 def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:

@@ -3,6 +3,7 @@
 import json
 import random
 import string
+import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,31 @@ def test_rouge_l_is_the_best_stemmed_f_measure():
         assert found == 100 * max(scorer.score(r, prediction)["rougeL"].fmeasure for r in refs)
     assert rouge_l([""], [["x"]]) == [0.0]
     assert rouge_l(["the runner runs"], [["the runner runs"]]) == [100.0]
+
+
+def test_rouge_l_equals_the_library_on_random_texts():
+    """Repeated and unknown words, several references, empty texts, words of other scripts, words that the stemmer shortens."""
+    scorer, draw = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True), random.Random(1)
+    words = ["the", "run", "running", "runs", "happily", "naïve", "红色", "x1", "—", "A", "nation's", "Ünïcode", "relational", "no"]
+
+    def text() -> str:
+        return " ".join(draw.choices(words[: draw.randint(1, len(words))], k=draw.choice([0, 1, 2, 5, 20, 70])))
+
+    predictions = [text() for _ in range(150)]
+    references = [[text() for _ in range(draw.randint(1, 3))] for _ in predictions]
+    expected = [100 * max(scorer.score(r, p)["rougeL"].fmeasure for r in refs) for p, refs in zip(predictions, references, strict=True)]
+    assert rouge_l(predictions, references) == expected
+    assert len(set(expected)) > 60
+
+
+def test_rouge_l_of_a_long_answer_takes_milliseconds():
+    """With rouge_score's own table, this takes half a minute."""
+    draw, words = random.Random(0), [f"w{i}" for i in range(2000)]
+    one = draw.choices(words, k=6000)
+    part = [word for i, word in enumerate(one) if i % 3]
+    start = time.process_time()
+    assert rouge_l([" ".join(part)], [[" ".join(one)]]) == [pytest.approx(80)]  # the precision is 1, the recall 2/3
+    assert time.process_time() - start < 2
 
 
 TEXTS = [
