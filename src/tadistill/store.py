@@ -99,7 +99,7 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     pairs = [at_root, *beside] if runs else [*beside, at_root]
     # os.path.isdir returns False for a folder without permission, unlike Path.is_dir
     stages = [sum(os.path.isdir(store_of(home).folder(key)) for key in keys) for _, home in pairs]
-    again_here = stages[0] > 0 and not runs and not place.is_symlink() and _last_run_in(place, beside[0][1])
+    again_here = stages[0] > 0 and not runs and not place.is_symlink() and last_run_in(place, beside[0][1])
     exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
     folder, home = pairs[0 if again_here else stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
     if runs and home != root:
@@ -117,8 +117,8 @@ def _named_keys(study: Path) -> set[str]:
     return {key for path in files for key in keys_in(path)}
 
 
-def _last_run_in(study: Path, home: Path) -> bool:
-    # False for a copy of the study; plans of earlier versions do not say where they were written
+def last_run_in(study: Path, home: Path) -> bool:
+    """Return True if a study was last run in the runs directory `home`. Copies were not, and plans of earlier versions do not say it."""
     try:
         return json.loads((study / "plan.json").read_text(encoding="utf-8"))["runs"] == str(home.resolve())
     except FileNotFoundError:  # a search, which has no report that could be replaced

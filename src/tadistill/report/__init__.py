@@ -15,7 +15,7 @@ from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown, summary_table
 from tadistill.report.results_json import reported, write_results
 from tadistill.results.collect import Results, read_results
-from tadistill.text import counted, form
+from tadistill.store import last_run_in
 
 __all__ = ["read_results", "summary_table", "write_report"]
 
@@ -24,17 +24,20 @@ def write_report(results: Results) -> Path:
     """Write report.html, report.md, ``results.json`` and two CSV files into the study's directory. Return the path of report.html.
 
     Raises:
-        StoreError: the report that is there has numbers of stages that are not in the store.
+        StoreError: the report that is there has numbers of stages that are not in the store, and the study was last run with another store,
+            or nothing could be reported.
     """
-    page, before, plan = results.study_dir / "report.html", reported(results.study_dir), results.plan
-    lost = before - set(results.manifests)
+    page, plan, runs = results.study_dir / "report.html", results.plan, results.store.root.parent
+    lost, planned = reported(results.study_dir) - set(results.manifests), {stage.key for stage in plan.stages}
     if any(results.scores.values()):  # else all: an empty report says nothing about a report of another plan
-        lost &= {stage.key for stage in plan.stages}
+        # the report of a study follows its own store: the user may have deleted a damaged stage
+        lost = set() if last_run_in(results.study_dir, runs) else lost & planned
     if lost:
+        again = f"run `{plan.command}` to make them again, " if lost <= planned else ""
         raise StoreError(
-            f"{page.with_name('results.json')} has numbers of {counted(len(lost), 'stage')} of study {plan.study} that "
-            f"{form(len(lost), 'is', 'are')} not in the store at {results.store.root}, so the report is not replaced by one without them; "
-            f"give --runs with the directory that has the study's stages, run `{plan.command}` to make them again, or delete this file"
+            f"{page.with_name('results.json')} has numbers of stages of study {plan.study} that are not in the store at "
+            f"{results.store.root}, so the report is not replaced by one without them; give --runs with the directory that has the study's "
+            f"stages, {again}or delete this file"
         )
     write_results(results)
     write_text(page, render_page(results))

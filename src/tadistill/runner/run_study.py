@@ -148,7 +148,8 @@ _REPORT = ("report.html", "report.md", "results.json", "results.csv", "results-s
 
 def _keep_report(study: Path, content: dict) -> Path | None:
     path = study / "plan.json"
-    if not path.is_file() or not (study / _REPORT[0]).is_file():
+    files = [name for name in _REPORT if (study / name).is_file()]
+    if not path.is_file() or not files:
         return None
     try:
         old = _shown(json.loads(path.read_text(encoding="utf-8")))
@@ -161,10 +162,9 @@ def _keep_report(study: Path, content: dict) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / path.name) as temporary:
             shutil.copy2(path, temporary)
-        for name in _REPORT:
-            if (study / name).is_file():
-                os.replace(study / name, folder / name)
-    return folder / _REPORT[0]
+        for name in files:
+            os.replace(study / name, folder / name)
+    return folder / files[0]
 
 
 def _shown(content: dict) -> list:

@@ -97,7 +97,8 @@ def test_an_empty_report_never_replaces_one_with_scores(elsewhere):
     (elsewhere / "results.json").write_text('{"rows": [{"value": 1}]}')
     shutil.copytree(elsewhere, "runs/demo")  # without the stages
     said = reported("demo")
-    assert "numbers of 1 stage of study demo that is not in the store at runs/store, so the report is not replaced by one without" in said
+    assert "numbers of stages of study demo that are not in the store at runs/store, so the report is not replaced by one without" in said
+    assert "to make them again" not in said  # the rows do not say of which stage they are, as those of an earlier version
     assert rows(Path("runs/demo")) == 1
 
 
@@ -115,6 +116,18 @@ def test_a_poorer_report_never_replaces_one_with_more_stages(elsewhere):
     (Path("runs/demo") / "results.json").unlink()
     reported("demo")
     assert 0 < rows(Path("runs/demo")) < before
+
+
+@pytest.mark.slow
+def test_a_report_follows_the_store_in_which_its_study_was_last_run(elsewhere):
+    """Until a damaged stage, which the user was told to delete, ran again, no report was written."""
+    plan, runs = json.loads((elsewhere / "plan.json").read_text()), str(elsewhere.parent.resolve())
+    (elsewhere / "plan.json").write_text(json.dumps(plan | {"runs": runs}))
+    reported(str(elsewhere))
+    before = rows(elsewhere)
+    shutil.rmtree(store_of(elsewhere.parent).folder(json.loads((elsewhere / "results.json").read_text())["rows"][0]["stage"]))
+    assert "report.html" in reported(str(elsewhere))
+    assert 0 < rows(elsewhere) < before
 
 
 def test_where_a_study_is(tmp_path, monkeypatch):

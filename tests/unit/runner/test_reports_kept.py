@@ -48,6 +48,14 @@ def test_a_report_of_other_seeds_is_kept(tmp_path):
     assert len(list((tmp_path / "kept" / "earlier").iterdir())) == 2
 
 
+def test_numbers_without_a_page_are_kept(tmp_path):
+    save(tmp_path)
+    (tmp_path / "kept" / "report.html").unlink()
+    assert "was moved to" in save(tmp_path, "seeds=[1]")
+    (folder,) = (tmp_path / "kept" / "earlier").iterdir()
+    assert (folder / "results.json").read_text() == "of ()"
+
+
 @pytest.mark.parametrize("place", ["shutil.copy2", "pathlib.Path.mkdir", "os.replace"])
 def test_a_report_that_cannot_be_moved_is_said_and_stays(tmp_path, monkeypatch, place):
     save(tmp_path)
@@ -94,7 +102,8 @@ def test_a_damaged_plan_is_written_again(damaged, tmp_path):
 
 def test_a_plan_without_a_report_is_replaced(tmp_path):
     save(tmp_path)
-    (tmp_path / "kept" / "report.html").unlink()
+    for name in _REPORT:
+        (tmp_path / "kept" / name).unlink()
     assert save(tmp_path, "seeds=[1]") == "kept has other settings than in its last run: seeds [1, 2] → [1]\n"
     assert not (tmp_path / "kept" / "earlier").exists()
 
