@@ -18,7 +18,7 @@ from tadistill.config.arm import path_text
 from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels, table_lines
 from tadistill.plan.throughput import spoken
-from tadistill.runner.local import LOG, SEARCH, LocalRun, StageProgress, about_planning, described, local_runs
+from tadistill.runner.local import LOG, SEARCH, LocalRun, StageProgress, about_planning, described, local_runs, unfinished_stages
 from tadistill.store import FAILURE, RECORD, Store, command_for
 from tadistill.terminal import Terminal
 from tadistill.text import counted
@@ -278,7 +278,7 @@ def read_plan(study: Path) -> dict[str, Any]:
 
 def search_plan(study: Path, store: Store) -> dict[str, Any]:
     """Return the stages of a search that are known so far, in the form of `read_plan`."""
-    keys = [key for run in local_runs(study) if run.searches for key in run.needs]
+    keys = [key for run in local_runs(study) if run.searches for key in run.needs] or unfinished_stages(study, "search")
 
     def stage(key: str) -> dict[str, Any]:
         path = store.folder(key) / "stage.json"

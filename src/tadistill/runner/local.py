@@ -2,9 +2,9 @@
 
     RUNS/STUDY/run.log                 every line of every run of the study, with the time and the process id
     RUNS/STUDY/local/HOST-PID.json     the state of one run; it is written again every few seconds while the run goes on
+    RUNS/STUDY/local/VERB-stages.json  the stages of `tadistill search` or `advise`, until the result, which names them, is written
 
-A record stays after its run has ended. The next run of the study deletes the records of ended runs. But until `tadistill search` and
-`advise` write their results, only their records name their stages, so no other command deletes these records.
+A record stays after its run has ended. The next run of the study deletes the records of ended runs.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ LOG = "run.log"
 SEARCH = "search.json"
 """Name of a study's file with the result of `tadistill search`."""
 _RECORDS = "local"
-_LATE = ("search", "advise")  # commands that name their stages in a file at their end; others write plan.json before
+_LATE = ("search", "advise")  # commands whose result names their stages; others write plan.json before
 _EVERY = 5.0
 """The record is written again after this number of seconds, even if no stage has started or ended."""
 _SILENT, _PLANNING = 120.0, 3600.0
@@ -77,8 +77,6 @@ class LocalRun:
     """Failed stages by key, each with the reason."""
     needs: list[str] = field(default_factory=list)
     """Keys of all stages of the run, for a search also those of its earlier rounds, which `tadistill clean` keeps."""
-    earlier: list[str] = field(default_factory=list)
-    """Keys of stages of ended runs of the same command, which are kept until it writes its result."""
 
     @property
     def name(self) -> str:
@@ -88,11 +86,6 @@ class LocalRun:
     def verb(self) -> str:
         """The name of the run's command, such as `search`."""
         return " ".join(self.command.split()[1:2])
-
-    @property
-    def named(self) -> list[str]:
-        """The keys of all stages that the record keeps."""
-        return [*self.needs, *self.earlier]
 
     @property
     def searches(self) -> bool:
@@ -129,7 +122,7 @@ def local_runs(study: Path) -> list[LocalRun]:
 
 def is_search(study: Path) -> bool:
     """Return True if `tadistill search` has begun or finished in a study's directory."""
-    return os.path.isfile(study / SEARCH) or any(run.searches for run in local_runs(study))
+    return any(map(os.path.isfile, (study / SEARCH, _stages(study, "search")))) or any(run.searches for run in local_runs(study))
 
 
 @contextlib.contextmanager
@@ -162,12 +155,17 @@ def about_planning(run: LocalRun) -> str:
 
 
 def result_written(study: Path, verb: str) -> None:
-    """Remove the stages from the records of a command's ended runs: its result, which has just been written, names those it needs."""
-    for run in local_runs(study):
-        if run.verb == verb and run.state != "running" and run.named:
-            run.needs, run.earlier = [], []
-            with contextlib.suppress(StoreError):  # the stages are kept longer
-                write_json(_record(study, run), asdict(run))
+    """Delete the file that names the stages of a command's runs: its result, which has just been written, names those it needs."""
+    with contextlib.suppress(OSError):  # the stages are kept longer
+        _stages(study, verb).unlink(missing_ok=True)
+
+
+def unfinished_stages(study: Path, verb: str) -> list[str]:
+    """Return the keys of the stages of a command's runs, or none if its result has been written."""
+    try:
+        return [*map(str, json.loads(_stages(study, verb).read_text(encoding="utf-8"))["stages"])]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 class Journal:
@@ -178,13 +176,11 @@ class Journal:
         self.run = _this_process(done=done, total=total)
         self._start, self._written = time.monotonic(), float("-inf")
         self.run.needs = list(needs)
+        if (verb := self.run.verb) in _LATE:
+            self._write(_stages(study, verb), {"stages": [*dict.fromkeys([*unfinished_stages(study, verb), *self.run.needs])]})
         for old in local_runs(study):
             own = old.name == self.run.name and old.born == self.run.born  # of an earlier round of a search
-            late = old.state != "running" and old.verb in _LATE and old.named
-            if late and old.verb == self.run.verb:
-                self.run.earlier = [*dict.fromkeys([*self.run.earlier, *old.named])]
-                self.save()  # before the old record is deleted
-            if old.state != "running" and not own and (not late or old.verb == self.run.verb):
+            if old.state != "running" and not own:
                 with contextlib.suppress(OSError):  # if nothing can be written, `save` says so
                     _record(study, old).unlink(missing_ok=True)
 
@@ -211,10 +207,13 @@ class Journal:
     def save(self) -> None:
         self._written, self.run.seen = time.monotonic(), time.time()
         self.run.seconds = self.seconds
+        self._write(_record(self.folder, self.run), asdict(self.run))
+
+    def _write(self, path: Path, content: dict) -> None:
         try:
-            write_json(_record(self.folder, self.run), asdict(self.run))
+            write_json(path, content)
         except StoreError as error:
-            self._failed(_record(self.folder, self.run), str(error))
+            self._failed(path, str(error))
 
     def _failed(self, path: Path, reason: str) -> None:
         if not self._told:
@@ -232,6 +231,10 @@ def _this_process(*, done: int = 0, total: int = 0) -> LocalRun:
 
 def _record(study: Path, run: LocalRun) -> Path:
     return study / _RECORDS / f"{run.host}-{run.pid}.json"
+
+
+def _stages(study: Path, verb: str) -> Path:
+    return study / _RECORDS / f"{verb}-stages.json"
 
 
 def _born(pid: int, *, in_epoch: bool = False) -> str | float | None:

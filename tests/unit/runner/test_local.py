@@ -20,7 +20,7 @@ from tests.unit.runner.small import small
 from tadistill.cluster.status import print_status, status_rows
 from tadistill.config import load, parse
 from tadistill.disk import write_json
-from tadistill.errors import ConfigError, NotPlanned, StageFailed
+from tadistill.errors import ConfigError, NotPlanned, StageFailed, StoreError
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
 from tadistill.runner import local, processes, screen
@@ -159,24 +159,34 @@ def test_a_search_keeps_the_stages_of_earlier_rounds(plan, study):
 
 @pytest.mark.parametrize("verb", ["search", "advise"])
 def test_a_run_does_not_delete_what_alone_names_the_stages_of_a_search(study, monkeypatch, verb):
-    """`tadistill clean` offered the stages of an interrupted search after a run of a study with the same name."""
+    """`tadistill clean` offered the stages of an interrupted search after a run of a study with the same name, also in a container, where
+    each process has the same id. And the failed stages of the search were shown as those of the run."""
 
-    def ended(command: str, *needs: str) -> list[list[str]]:
+    def ended(command: str, *needs: str) -> list[str]:
         monkeypatch.setattr("sys.argv", ["tadistill", *command.split()])
-        monkeypatch.setattr("platform.node", lambda: f"host-of-{'-'.join(needs)}")
-        run = Journal(study, done=0, total=2, complain=pytest.fail, needs=needs)
-        run.run.ended = "interrupted"
+        monkeypatch.setattr(local, "_born", lambda *_, **__: " ".join(needs))  # another process with the same id
+        with local.planning(study):
+            pass
+        run = Journal(study, done=0, total=2, complain=said.append, needs=needs)
+        run.run.ended, run.run.failed = "failed", dict.fromkeys(needs, "out of memory")
         run.save()
-        return [sorted({*run.named}) for run in local_runs(study)]
+        (left,) = local_runs(study)
+        assert left.failed.keys() == {*needs}
+        return local.unfinished_stages(study, verb)
 
-    assert ended(f"{verb} small.yaml", "a", "b") == [["a", "b"]]
-    assert ended("run small.yaml", "c") == [["a", "b"], ["c"]]
-    assert ended("run small.yaml", "d") == [["a", "b"], ["d"]]
+    said = list[str]()
+    assert ended(f"{verb} small.yaml", "a", "b") == ["a", "b"]
+    assert ended("run small.yaml", "c") == ["a", "b"]
+    with monkeypatch.context() as full:
+        full.setattr(local, "write_json", lambda *_: (_ for _ in ()).throw(StoreError("no space left")))
+        full.setattr("sys.argv", ["tadistill", verb, "small.yaml"])
+        Journal(study, done=0, total=2, complain=said.append, needs=["d"])
+    assert "no space left" in said[0]
+    assert local.unfinished_stages(study, verb) == ["a", "b"]
     local.result_written(study, "judge")
-    assert ended(f"{verb} small.yaml", "a", "e") == [["a", "b", "e"]]  # it has not come to stage b yet
-    assert ended(f"{verb} small.yaml", "a", "e") == [["a", "b", "e"]]  # the next round
+    assert ended(f"{verb} small.yaml", "a", "e") == ["a", "b", "e"]  # it has not come to stage b yet
     local.result_written(study, verb)
-    assert ended("run small.yaml", "f") == [["f"]]
+    assert ended("run small.yaml", "f") == []
 
 
 def test_an_old_record_that_cannot_be_deleted_ends_nothing(study, monkeypatch):
