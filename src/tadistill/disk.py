@@ -15,10 +15,11 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
-_LOCK = ".tadistill.lock"  # in the temporary folder of a process that publishes
+_LOCK = ".tadistill.lock"  # in a folder that a process writes
+_OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch raises these while it copies tensors from a GPU; the file is not the cause
 
 
 def cache_root() -> Path:
@@ -109,9 +111,6 @@ def sampled_digest(path: Path) -> str:
     return found.hexdigest()
 
 
-_OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch raises these while it copies tensors from a GPU; the file is not the cause
-
-
 # --- writing ------------------------------------------------------------------------------------------------------------
 
 
@@ -142,8 +141,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def ordinary_permissions(path: Path) -> None:
-    """Give a file, or all files of a folder, the permissions of a new file (umask). safetensors makes files that only their owner can
-    read."""
+    """Give a file, or all files of a folder, the permissions of a new file (umask). Only their owner can read those of safetensors."""
     mask = os.umask(0)
     os.umask(mask)
     for file in path.iterdir() if path.is_dir() else (path,):
@@ -218,16 +216,14 @@ def publishing(target: Path, *, alone: bool = False) -> Iterator[Path]:
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _delete_leftovers(target)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        _delete_leftovers(target, prefix := f".{target.name}.{platform.node()}.")  # on some disks, a lock counts only on its own machine
+        work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
         lock = _locked(work)
     try:
         try:
             yield work / target.name
         except OSError as error:
-            if not _of_writing(error, work):
-                raise
-            with writing(target):
+            with writing(target) if _of_writing(error, work) else nullcontext():
                 raise
         with writing(target):
             try:
@@ -239,7 +235,8 @@ def publishing(target: Path, *, alone: bool = False) -> Iterator[Path]:
                 if alone:
                     raise _appeared(target) from None
     finally:
-        lock.release()
+        with suppress(OSError):  # the target is there, and a disk may lose its locks
+            lock.release()
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -254,10 +251,10 @@ def _locked(work: Path) -> "FileLock":
     return lock
 
 
-def _delete_leftovers(target: Path) -> None:
+def _delete_leftovers(target: Path, prefix: str) -> None:
     from filelock import FileLock
 
-    for work in target.parent.glob(f".{glob.escape(target.name)}.*"):
+    for work in target.parent.glob(glob.escape(prefix) + "?" * 8):
         with suppress(OSError, NotImplementedError):  # a process writes there, or has just ended
             if _LOCK in (names := set(os.listdir(work))) and names <= {_LOCK, target.name}:
                 with FileLock(work / _LOCK).acquire(timeout=0):
@@ -266,25 +263,26 @@ def _delete_leftovers(target: Path) -> None:
 
 
 def _appeared(folder: Path) -> StoreError:
-    return StoreError(
-        f"{folder} has been filled by another process in the meantime, so nothing is written there; give the name of a new directory"
-    )
+    return StoreError(f"{folder} is filled by another process, so nothing is written there; give the name of a new directory")
 
 
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
     """Yield a folder to write to. `folder`, which is new or empty, has its files when the block ends without an error, and else none.
-
-    Raises StoreError if another process has filled the folder in the meantime.
-    """
+    Raises StoreError if another process fills the folder."""
     if not folder.exists():
         with publishing(folder.resolve(), alone=True) as temporary:
             yield temporary
         return
-    if any(folder.iterdir()):
-        raise _appeared(folder)
+    try:
+        if any(folder.iterdir()):
+            raise FileExistsError
+        (mark := folder / _LOCK).touch(exist_ok=False)
+    except FileExistsError:
+        raise _appeared(folder) from None
     try:  # it may be a mount point or the working directory, which cannot be replaced
         yield folder
+        mark.unlink(missing_ok=True)
     except BaseException:
         with suppress(OSError):  # the error of the block says what is wrong
             for path in folder.iterdir():

@@ -1,6 +1,7 @@
 """One writer for all files, digests, and JSON that may be damaged."""
 
 import os
+import platform
 import signal
 
 import pytest
@@ -160,7 +161,7 @@ def test_an_unknown_home_folder_does_not_hide_an_error_of_writing(tmp_path, monk
 
 def test_a_folder_that_another_process_has_filled_is_said(tmp_path):
     """The second of two exports into one new folder said that it has written it."""
-    target, said = tmp_path / "new", "new has been filled by another process in the meantime, so nothing is written there; give the name"
+    target, said = tmp_path / "new", "new is filled by another process, so nothing is written there; give the name"
 
     def fill(text: str) -> None:
         with filling(target) as folder:
@@ -180,13 +181,22 @@ def test_a_folder_that_another_process_has_filled_is_said(tmp_path):
 def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
     target, process = tmp_path / "a[1]", os.fork()
     if not process:
-        with publishing(target) as folder:
-            folder.mkdir()
-            (folder / "half").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            with publishing(target) as folder:
+                folder.mkdir()
+                (folder / "half").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)  # else this process would go on with the tests
     os.waitpid(process, 0)
     (left,) = tmp_path.iterdir()
-    for folder in (".a[1].mine", ".a[1].old/a[1]", ".a1.b"):  # nobody knows whose they are
+    host = platform.node()
+    for folder in (
+        f".a[1].{host}.mymodels",
+        f".a[1].{host}.old_ones/a[1]",
+        f".a1.{host}.abcdefgh",
+        ".a[1].abcdefgh",
+    ):  # nobody knows whose they are
         (tmp_path / folder).mkdir(parents=True)
     others = {*tmp_path.iterdir()} - {left}
     with publishing(target) as first, publishing(target) as second:
@@ -194,6 +204,39 @@ def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
         second.mkdir()
         first.mkdir()
     assert {*tmp_path.iterdir()} == {*others, target}
+
+
+def test_only_one_process_fills_an_empty_folder(tmp_path):
+    """The files of two exports into one empty folder were mixed, and if one of them failed, those of both were deleted."""
+    with filling(tmp_path) as folder:
+        with pytest.raises(StoreError, match="is filled by another process"), filling(tmp_path):
+            pass
+        (folder / "file").touch()
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_process_on_another_machine_writes_is_not_deleted(tmp_path, monkeypatch):
+    """On disks such as Lustre with `localflock`, the lock of a process counts only on its own machine."""
+    with publishing(tmp_path / "a") as first:
+        first.mkdir()
+        (first.parent / ".tadistill.lock").unlink()
+        (first.parent / ".tadistill.lock").touch()  # as seen from there: nobody has it
+        with monkeypatch.context() as there:
+            there.setattr("platform.node", lambda: "elsewhere")
+            with publishing(tmp_path / "a") as second:
+                second.mkdir()
+        assert first.is_dir()
+        with publishing(tmp_path / "a") as second:
+            second.mkdir()
+        assert not first.is_dir()
+        first.mkdir(parents=True)
+
+
+def test_a_lock_that_cannot_be_released_hides_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("filelock.FileLock.release", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with publishing(tmp_path / "a") as folder:
+        folder.mkdir()
+    assert os.listdir(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError()])
