@@ -217,7 +217,8 @@ class Store:
         # the manifest of an unfinished stage is damaged or names missing files; it must not describe the new files
         (folder / MANIFEST).unlink(missing_ok=True)
         for path in folder.rglob(INCOMPLETE):
-            path.unlink(missing_ok=True)
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
         return folder
 
     def manifest(self, key: str) -> dict[str, Any]:

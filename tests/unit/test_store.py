@@ -116,3 +116,9 @@ def test_weights_of_a_killed_process_are_no_part_of_the_finished_stage(tmp_path,
     store.finish("aa11", {})
     assert os.listdir(folder / "model") == ["model.safetensors"]
     assert set(store.manifest("aa11")["files"]) == {"stage.json", "model/model.safetensors"}
+
+
+def test_a_hidden_folder_in_an_unfinished_stage_ends_nothing(tmp_path):
+    store = Store(tmp_path / "store")
+    (store.begin("aa11", {}) / ".tmp-of-a-library").mkdir()
+    assert (store.begin("aa11", {}) / ".tmp-of-a-library").is_dir()
