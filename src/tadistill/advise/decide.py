@@ -4,17 +4,16 @@ or first run experiments.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, log, pi, prod, sqrt
-from typing import Any, Literal
+from math import exp, pi, sqrt
+from typing import Literal
 
 from scipy.special import ndtr
 
-from tadistill.advise.history import EQUAL, Candidate, Edge, Observation, TwinPair
+from tadistill.advise.history import Candidate, Observation
 from tadistill.advise.predict import TINY, Forecast, Predictions, predict
-from tadistill.config.arm import path_text
+from tadistill.advise.twins import pair_up
 from tadistill.metrics import higher_is_better, metric_title, metric_unit
 from tadistill.search.strategies import size_law
-from tadistill.text import form, listed
 
 SEEDS = 3
 """Number of new training seeds of a proposed experiment. Seeds that history has already come on top."""
@@ -232,83 +231,3 @@ def _knowledge_gradient(forecast: Forecast, others: float, seed_sd: float, seeds
     z = -abs(forecast.mean - others) / moved
     density = exp(-z * z / 2) / sqrt(2 * pi)
     return moved * (density + z * float(ndtr(z)))
-
-
-# --- chains with their twins --------------------------------------------------------------------------------------------
-
-_Directs = dict[tuple[str | int, ...], list[Observation]]  # the runs of direct distillation by `_ends`
-
-
-def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
-    """Pair each chain with its twin: a run of direct distillation with the same family, student, settings, seed and cost (within 5 %).
-
-    If no direct run has this cost, the twin's quality is interpolated between the next cheaper and the next more expensive run, linearly in
-    the log of the cost. A chain is left out if one of these two runs is missing. Of several equal runs with one seed, the first counts.
-    """
-    directs = _directs(observations)
-    found: dict[tuple[Any, ...], dict[int, tuple[Observation, Edge, float]]] = {}
-    for o in observations:
-        if twin := _twin(o, directs):
-            costs, quality, edge = twin
-            rows = found.setdefault((_ends(o)[:-1], o.settings.digest, o.path, o.cost, costs), {})
-            rows.setdefault(o.seed, (o, edge, o.quality - quality))
-    return [_pair([*rows.values()], costs) for (*_, costs), rows in found.items()]
-
-
-def unused(observations: Sequence[Observation]) -> list[str]:
-    """Return a sentence for each study with chains that have no twin: which chains these are, and what no direct run has."""
-    directs, found = _directs(observations), dict[str, dict[str, str]]()
-    used = {(o.study, o.path, o.settings.digest) for o in observations if _twin(o, directs)}
-    for o in observations:
-        if len(o.path) > 2 and (o.study, o.path, o.settings.digest) not in used:
-            found.setdefault(o.study, {}).setdefault(path_text(o.path), _lacks(o, directs.get(_ends(o), [])))
-    add = "add direct distillation with the same settings and compute"
-    return [
-        f"Study {study}: {'; '.join(f'{chain} is not used, because no direct run has its {what}' for chain, what in chains.items())}; "
-        f"to use {form(len(chains), 'it', 'them')}, {add}."
-        for study, chains in found.items()
-    ]
-
-
-def _lacks(chain: Observation, directs: Sequence[Observation]) -> str:
-    if not directs:
-        return "seed"
-    fewest = min((chain.settings.differences(direct.settings) for direct in directs), key=len)
-    return listed([f"`{name.replace('STUDENT', chain.path[-1])}`" for name in fewest[:3]]) or "compute"
-
-
-def _directs(observations: Sequence[Observation]) -> _Directs:
-    found: _Directs = {}
-    for o in observations:
-        if len(o.path) == 2:
-            found.setdefault(_ends(o), []).append(o)
-    return found
-
-
-def _pair(rows: Sequence[tuple[Observation, Edge, float]], twin: tuple[float, ...]) -> TwinPair:
-    first, direct, _ = rows[0]
-    seeds, differences = tuple(o.seed for o, *_ in rows), tuple(difference for *_, difference in rows)
-    reported = max(o.reported for o, *_ in rows)
-    return TwinPair(first.family, first.path, first.edges, direct, first.cost, seeds, differences, twin, reported)
-
-
-def _ends(o: Observation) -> tuple[str | int, ...]:
-    ratio = prod(e.measures.size_ratio or 1.0 for e in o.edges)  # two studies may use one name for students of different sizes
-    return o.family, o.path[0], o.path[-1], f"{ratio:.6g}", o.seed
-
-
-def _twin(o: Observation, directs: _Directs) -> tuple[tuple[float, ...], float, Edge] | None:
-    # costs of one or two direct runs, the quality that direct distillation has at the cost of a chain, and its edge
-    beside: dict[float, Observation] = {}
-    for direct in directs.get(_ends(o), []) if len(o.path) > 2 else []:
-        if not o.settings.differences(direct.settings):
-            beside.setdefault(direct.cost, direct)
-    nearest = min(beside, key=lambda c: abs(log(c / o.cost)), default=0.0)
-    below, above = [c for c in beside if c < o.cost], [c for c in beside if c > o.cost]
-    if beside and abs(nearest / o.cost - 1) <= EQUAL:
-        return (nearest,), beside[nearest].quality, beside[nearest].edges[0]
-    if not (below and above):
-        return None
-    low, high = max(below), min(above)
-    share = log(o.cost / low) / log(high / low)
-    return (low, high), (1 - share) * beside[low].quality + share * beside[high].quality, beside[low].edges[0]

@@ -1,6 +1,6 @@
 """Load the dev results of earlier studies as evidence for forecasts.
 
-`decide.pair_up` pairs each chain (a path with assistants) with direct distillation of the same compute and settings. Test
+`twins.pair_up` pairs each chain (a path with assistants) with direct distillation of the same compute and settings. Test
 results are used only for the uncertainty of a difference (`Observation.reported`).
 """
 
@@ -13,7 +13,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from tadistill.config import ModelConfig
@@ -81,13 +80,6 @@ class Candidate:
     """One edge for each step of the path, in the same order."""
 
 
-_RECIPE_KEYS = {  # of fields with other names
-    **dict.fromkeys(("train", "more", "weights"), "data.train"),
-    **{"train_limit": "data.limit.train", "dev": "data.dev", "dev_limit": "data.limit.dev", "corpus": "data.corpus"},
-    **{"decoding": "evaluate", "own": "objective", "direct": "optim.steps"},
-}
-
-
 @dataclass(frozen=True)
 class Settings:
     """The settings of a training (`training_settings`), and the updates of direct distillation in its study: JSON texts by field."""
@@ -108,22 +100,6 @@ class Settings:
     @cached_property
     def digest(self) -> str:
         return key_of(dict(self.own))
-
-    def differences(self, other: "Settings") -> list[str]:
-        """Return the settings in which two trainings differ, by their keys in a recipe. The student is called STUDENT."""
-        # a plan makes two objectives of one recipe if only one teacher has another tokenizer, and that over spans is known for both
-        mine, theirs = (self.own, other.own) if self.over_spans == other.over_spans else (self.spans, other.spans)
-        return list(dict.fromkeys(_recipe_key(name) for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)))
-
-
-def _recipe_key(name: str) -> str:
-    of_student = name.removeprefix("student.")
-    if of_student != name:
-        sft = of_student.removeprefix("stage.")
-        return f"models.STUDENT.{of_student.split('.')[0] if sft == of_student else f'sft.{_recipe_key(sft)}'}"
-    first, _, rest = name.removeprefix("method.").partition(".")
-    known = _RECIPE_KEYS.get(first, first)
-    return f"{known}.{rest}" if rest and not known.startswith(("data.", "context")) else known
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -314,33 +290,3 @@ def _dev_result(store: Store, key: str, direct: int) -> tuple[str, float | None,
         return str(metric), None if value is None else float(value), Settings.read(store, key, direct)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete this folder and run the recipe again") from error
-
-
-# --- chains with their twins --------------------------------------------------------------------------------------------
-
-EQUAL = 0.05
-"""Two costs are treated as equal if their relative difference is at most this number."""
-
-
-@dataclass(frozen=True)
-class TwinPair:
-    """A chain (path with assistants) and its twin, which is direct distillation with the same compute."""
-
-    family: str
-    path: tuple[str, ...]
-    edges: tuple[Edge, ...]
-    direct: Edge
-    cost: float
-    seeds: tuple[int, ...]
-    differences: tuple[float, ...]
-    """Quality of the chain minus quality of the twin. There is one value per seed."""
-    twin: tuple[float, ...]
-    """Costs of the direct runs that give the twin's quality. If there is one run, it is the twin. If there are two, the twin's quality is
-    interpolated between them."""
-
-    reported: float = 0.0
-    """Standard deviation of the difference on the test sets (`Observation.reported`)."""
-
-    @cached_property
-    def mean(self) -> float:
-        return float(np.mean(self.differences))

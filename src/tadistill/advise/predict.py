@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtr
 
-from tadistill.advise.history import Candidate, Edge, EdgeMeasures, TwinPair
+from tadistill.advise.history import Candidate, Edge, EdgeMeasures
+from tadistill.advise.twins import TwinPair
 from tadistill.search.strategies import SIZE_LAW
 from tadistill.statistics import seeds_spread
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
-from tadistill.advise.decide import Advice, Option, improvement_unit, unused
+from tadistill.advise.decide import Advice, Option, improvement_unit
 from tadistill.advise.history import History
 from tadistill.advise.measures import (
     TOP_K,
@@ -19,6 +19,7 @@ from tadistill.advise.measures import (
     twin_name,
     with_seeds,
 )
+from tadistill.advise.twins import unused
 from tadistill.config import Recipe
 from tadistill.config.arm import path_text
 from tadistill.metrics import NOT_COMPARABLE
@@ -127,8 +128,8 @@ def notes(
         )
     if not advice.pairs:
         found.append(
-            "There is no earlier study to learn from, so the advice is the default: direct distillation with a chain's compute. The rules "
-            "of thumb are only hypotheses."
+            "No earlier study has a chain that can be used, so the advice is the default: direct distillation with a chain's compute. The "
+            "rules of thumb are only hypotheses."
         )
     found += unused(past.on(metric))
     if past.left_out:

@@ -54,7 +54,7 @@ def test_cautions(study):
     assert "In wide steps, the teacher is more than 4 times as big as the learner: xl > s (10.0)." in text
     assert "In short steps, the teacher is less than 1.3 times as big as the learner: l > m (1.14)" in text
     assert "most likely tokens" not in text
-    assert "There is no earlier study to learn from" in text
+    assert "No earlier study has a chain that can be used" in text
     assert "--prompts is" not in text
     assert "xl > s 0.5" in said(measures(mass=0.5))
     assert "--prompts is 256, but the dev set has only 20 prompts that are short enough" in said(measures(), prompts=256)

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from tadistill.advise import predict
-from tadistill.advise.decide import pair_up
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation
+from tadistill.advise.twins import pair_up
 from tadistill.errors import ConfigError
 from tadistill.statistics import spread_claimed
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from tadistill.advise.decide import pair_up, unused
 from tadistill.advise.history import MEASURES, EdgeMeasures, Settings, edge_record, family_of, history, path_edges
+from tadistill.advise.twins import differing_keys, pair_up, unused
 from tadistill.config import ModelConfig, load
+from tadistill.config.key_help import explain
 from tadistill.errors import StoreError
 from tadistill.plan.arms import make_plan
 from tadistill.store import store_of
@@ -188,12 +189,46 @@ def test_a_study_whose_chain_has_no_baseline_is_named_with_the_setting(tmp_path)
     write(tmp_path, "three", own, lr=0.02)
     write(tmp_path, "four", own, unfinished=both, sft_lr=0.03)
     found = history(tmp_path).observations
-    fix = "to use it, add direct distillation with the same settings and compute"
+    fix = "to use it, run direct distillation with the same settings, seeds and compute"
     assert unused(found) == [
-        f"Study {study}: xl > l > s is not used, because no direct run has its {what}; {fix}."
+        f"Study {study}: xl > l > s is not used, because no finished direct run has its {what}; {fix}."
         for study, what in (("four", "`models.s.sft.optim.lr`"), ("three", "compute"), ("two", "`optim.lr`"))
     ]
     assert len(pair_up(found)) == 1
+
+
+@pytest.mark.parametrize(
+    ("finished", "what"), [((), "models, data, method and metric"), ([("direct", 1)], "seed"), ([("direct", 2)], "compute")]
+)
+def test_a_study_whose_direct_runs_are_not_finished_does_not_lack_them(tmp_path, finished, what):
+    """The note said that no direct run has its seed, and to add direct distillation, which the study had."""
+    write(tmp_path, "one", ARMS, unfinished={("takd", 1), *((arm, seed) for arm in ("direct", "twin") for seed in (1, 2))} - {*finished})
+    assert unused(history(tmp_path).observations) == [
+        f"Study one: xl > l > s is not used, because no finished direct run has its {what}; to use it, run direct distillation with the "
+        "same settings, seeds and compute."
+    ]
+
+
+def test_a_chain_that_is_not_used_is_named_beside_one_of_the_same_path(tmp_path):
+    write(tmp_path, "one", [*ARMS, ("again", ("xl", "l", "s"), 100.0, None)])
+    found = history(tmp_path).observations
+    (said,) = unused(found)
+    assert (
+        "one: xl > l > s with 10 times the compute of direct distillation is not used, because no finished direct run has its compute;"
+        in said
+    )
+    assert len(pair_up(found)) == 1
+
+
+def test_many_chains_that_are_not_used_are_counted(tmp_path, monkeypatch):
+    """40 of them gave a sentence of 2,673 characters."""
+    for i in range(40):
+        monkeypatch.setitem(SIZES, f"a{i}", 400 - i)
+    write(tmp_path, "one", [ARMS[1], *((f"c{i}", ("xl", f"a{i}", "s"), 20.0 + i, None) for i in range(40))], seeds=(1,))
+    assert unused(history(tmp_path).observations) == [
+        "Study one: xl > a0 > s, xl > a1 > s, xl > a2 > s and 37 other chains are not used, because no finished direct run has their "
+        "compute; to use them, run direct distillation with the same settings, seeds and compute."
+    ]
 
 
 ACROSS = """
@@ -213,6 +248,16 @@ CONTEXT = "context={template: '{output} {prompt}'}"
 MINILLM = "method.objective={type: minillm, pt_weight: 0}"
 
 
+def planned(folder, settings):
+    """The settings of each arm of ACROSS with these settings."""
+    recipe, store = folder / "r.yaml", store_of(folder)
+    recipe.write_text(ACROSS)
+    plan = make_plan(load(recipe, settings))
+    for key, each in plan.stages.items():
+        stage(folder, key, each.kind, each.spec.content())
+    return {arm.name: next(Settings.read(store, key, 4) for key in arm.final.values()) for arm in plan.arms}
+
+
 @pytest.mark.parametrize(
     ("settings", "differ"),
     [
@@ -227,13 +272,45 @@ MINILLM = "method.objective={type: minillm, pt_weight: 0}"
 )
 def test_a_chain_and_its_baseline_across_tokenizers_have_the_settings_of_their_recipe(tmp_path, settings, differ):
     """The plan of a direct run over spans has another objective and another place for the context, so no such pair was history."""
-    recipe, store = tmp_path / "r.yaml", store_of(tmp_path)
-    recipe.write_text(ACROSS)
-    plan = make_plan(load(recipe, settings))
-    for key, planned in plan.stages.items():
-        stage(tmp_path, key, planned.kind, planned.spec.content())
-    chain, twin = (next(Settings.read(store, key, 4) for key in arm.final.values()) for arm in plan.arms if arm.name != "direct")
-    assert chain.differences(twin) == twin.differences(chain) == differ
+    found = planned(tmp_path, settings)
+    chain, twin = found["takd"], found["twin"]
+    assert differing_keys(chain, twin) == differing_keys(twin, chain) == differ
+
+
+SFT = "models.s.sft={optim: {steps: 3}}"
+OF_OTHER = (SFT, "models.s.load=null", "models.s.config={}", "models.s.tokenizer=null")
+DEPTH, WIDTH = (*OF_OTHER, "models.s.init={from: l, layers: 1}"), (*OF_OTHER, "models.s.init={from: l, hidden: 8, heads: 1}")
+PHASES = "method.phases=[{sampler: {type: dataset}, optim: {lr: 0.01}, share: 0.5}, {share: 0.5}]"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        (SFT, "data.max_length=60", ["data.max_length"]),
+        (SFT, "data.world.people=21", ["data.world.people"]),
+        (SFT, "evaluate.batch=7", ["evaluate.batch"]),
+        (SFT, "models.s.config.n_head=1", ["models.STUDENT.config"]),
+        (SFT, "models.s.sft.optim.steps=4", ["models.STUDENT.sft.optim.steps"]),
+        (SFT, "models.s.sft.select.metric=rouge_l", ["models.STUDENT.sft.select.metric"]),
+        (SFT, "models.s.sft=null", ["models.STUDENT.sft"]),
+        (SFT, "models.s.lora={r: 2}", ["models.STUDENT.lora"]),
+        (SFT, "method.select.metric=rouge_l", ["select.metric"]),
+        (SFT, PHASES, ["phases"]),
+        (PHASES, PHASES.replace("0.01", "0.02"), ["optim.lr"]),
+        (DEPTH, "models.s.init.layers=[1]", ["models.STUDENT.init"]),
+        (DEPTH, "models.l.sft={optim: {steps: 5}}", ["models.STUDENT.init"]),
+        (WIDTH, "data.max_length=60", ["data.max_length"]),
+        (WIDTH, "models.s.init.intermediate=10", ["models.STUDENT.init"]),
+        (WIDTH, "models.s.init={from: l, layers: 1}", ["models.STUDENT.init"]),
+    ],
+)
+def test_settings_that_differ_are_named_once_by_keys_of_a_recipe(tmp_path, one, other, differ):
+    """Below the student's fine-tuning, `data.max_length` was also `models.STUDENT.sft.data.max_length`, which no recipe has."""
+    first = [one] if isinstance(one, str) else one
+    found, others = planned(tmp_path, first)["direct"], planned(tmp_path, [*first, other])["direct"]
+    assert differing_keys(found, others) == differ
+    assert sorted(differing_keys(others, found)) == differ
+    assert all(explain(key.replace("STUDENT", "s")) for key in differ)
 
 
 def test_studies_with_equal_settings_are_compared_whatever_their_names_and_seeds(tmp_path):
