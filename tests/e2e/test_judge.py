@@ -73,15 +73,15 @@ def test_real_server(served, tmp_path):
     study = build_study(tmp_path / "runs", StudySpec(arms, seeds=(10,), sets={"dolly": 3}, fact_sets=(), decoding_seeds=1))
     said = io.StringIO()
 
-    def run(limit: int) -> dict:
+    def run(limit: int) -> None:
         settings = Judge(model=model, base_url=url, limit=limit, max_tokens=8, jobs=2, timeout=60, name="real")
         console = Terminal(file=said, width=200)
-        path = judge("demo", settings, runs=tmp_path / "runs", console=console, confirm=lambda _: True, command="test")
-        assert path is not None
-        return json.loads(path.read_text())
+        judge("demo", settings, runs=tmp_path / "runs", console=console, confirm=lambda _: True, command="test")
 
-    found = run(2)
-    assert (found["rows"], found["unparsed"], found["missing"]) == ([], 8, 0)
+    no_scores = "no arm has a prompt with scores in both orders and for every training seed, so there is no summary"
+    with pytest.raises(JudgeFailed, match=no_scores):
+        run(2)
+    assert not list((study.study_dir / "judge").glob("judge-*.json"))
     assert "no scores can be read from the replies to 8 of 8 questions" in said.getvalue()
     replies = [json.loads(line) for line in (study.study_dir / "judge" / "replies.jsonl").read_text().splitlines()]
     assert len({reply["key"] for reply in replies}) == len(replies) == 8 * 3
@@ -90,6 +90,7 @@ def test_real_server(served, tmp_path):
 
     server.terminate()
     server.wait(timeout=20)
-    assert run(2)["unparsed"] == 8  # all from the cache: the server is not needed
+    with pytest.raises(JudgeFailed, match=no_scores):  # all from the cache: the server is not needed
+        run(2)
     with pytest.raises(JudgeFailed, match="cannot be reached"):
         run(3)

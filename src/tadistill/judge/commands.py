@@ -33,8 +33,8 @@ def judge(
 
     Raises:
         ConfigError, DataError: the input is wrong. Nothing has been sent.
-        JudgeFailed: the endpoint stopped answering, or refuses all questions. All replies are saved, and the same command continues with
-            the other questions.
+        JudgeFailed: the endpoint stopped answering, refuses all questions, or gave too few scores for a summary. All replies are saved, and
+            the same command continues with the other questions.
     """
     mode, model, against = settings.mode, settings.model, settings.against
     base_url = check_address(settings.base_url)
@@ -64,10 +64,14 @@ def judge(
         "missing": len(verdicts.refused) + len(verdicts.unasked),
         "unfinished": list(answers.unfinished),
     }
-    write_summary(path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command, **more)
     _conclude(console, verdicts, plan)
-    if rows:
-        console.print(_table(rows, f"{mode}, judged by {model}"))
+    if not rows:
+        raise JudgeFailed(
+            "no arm has a prompt with scores in both orders and for every training seed, so there is no summary; choose a judge that gives "
+            "scores, or correct the limits of its endpoint, and run the command again"
+        )
+    write_summary(path, mode=mode, judge=model, arms=answers.arms, rows=rows, command=command, **more)
+    console.print(_table(rows, f"{mode}, judged by {model}"))
     console.say(f"summary: {path}")
     return path
 
