@@ -5,8 +5,10 @@ As in MiniLLM (Gu et al. 2024, section 3.1 and appendix), the judge sees two ans
 question is not that of MiniLLM. Judges may prefer the first or the second answer, so every pair is asked in both orders.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from tadistill.results.measured import load_predictions
 from tadistill.results.sample_answers import first_answers
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.store import Store
+
+Prompt = tuple[str, int]  # a test set, and an index in it
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,14 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
                     text = write_question(item.instruction, item.input, item.answers[left][seed], item.answers[right][seed])
                     questions.append(Question(item.set, item.index, seed, left, right, text))
     return questions
+
+
+def in_random_order(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
+    """Return the prompts of each set in a random order, which is the same on every run and does not depend on the other prompts."""
+    rows = defaultdict[str, list[Prompt]](list)
+    for prompt in sorted(prompts, key=lambda prompt: hashlib.sha256(repr(prompt).encode()).digest()):
+        rows[prompt[0]].append(prompt)
+    return rows
 
 
 def write_question(instruction: str, given: str, left: str, right: str) -> str:

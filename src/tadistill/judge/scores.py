@@ -11,9 +11,10 @@ import datetime
 import hashlib
 import json
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from tadistill.config.evaluate import REFERENCE, Judge
 from tadistill.disk import write_json
 from tadistill.errors import JudgeFailed
-from tadistill.judge.questions import Answers, Question, parse_scores, wordings
+from tadistill.judge.questions import Answers, Prompt, Question, in_random_order, parse_scores, wordings
 from tadistill.models.chat_api import Refused, Reply, Unavailable, complete, estimated_tokens
 from tadistill.models.chat_api_replies import Cache, in_threads
 from tadistill.results.collect import MEAN
@@ -34,12 +35,10 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-# If the endpoint has never answered, questions about so many prompts, spread over all sets, come first. If it refuses them, nothing more is
-# asked: a wrong setting is refused everywhere, but a filter or a limit only in some places.
-_REFUSALS = 10
-# If it has, no more questions of a test set are asked after refusals for so many of its prompts in a row, and for at least as many as are
-# answered: the filtered prompts of a finished run are asked again.
-_MORE_REFUSALS = 20
+# Nothing more is asked if the endpoint has never answered and refuses so many questions, about different prompts of all sets. No more of a
+# test set is asked if it refuses all questions about so many of its prompts in a row. The order is random, because a filter or a limit can
+# refuse all prompts of one place. If it refuses four fifths of a set, 50 prompts in a row are refused with a probability of 0.00001.
+_REFUSALS = 50
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
 Scores = tuple[float, float]
@@ -125,29 +124,20 @@ def ask_all(
         JudgeFailed: the endpoint failed, or it refused questions and answered none. The replies to all requests that were sent are awaited
             and saved first.
     """
-    texts = {question.text: (question.set, question.index) for question in questions}
-    run = _Run(settings, cache, ask, tick, texts)
-    order = texts if any(run.answered.values()) else _spread(texts)
-    futures = in_threads(order, run.settle, threads=settings.jobs, stop=run.stop)
-    for future in futures:
-        if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
-            raise error
-    if run.verdicts.refused and not any(run.answered.values()):
+    prompts = {question.text: (question.set, question.index) for question in questions}
+    run = _Run(settings, cache, ask, tick, prompts)
+    first = [] if run.answered else run.probes()
+    run.settle_all(first)
+    if run.answered and not run.failure:
+        run.settle_all([text for prompt in run.order for text in run.texts[prompt] if text not in first])
+    if run.verdicts.refused and not run.answered:
         run.fail(f"it has refused all questions so far, because {next(iter(run.verdicts.refused.values()))}")
     if run.failure:
-        done = sum(_settled(text, settings, cache) for text in texts)
-        raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(texts)))
+        done = sum(_settled(text, settings, cache) for text in prompts)
+        raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(prompts)))
     found = run.verdicts
-    found.unasked.update(texts.keys() - found.scores.keys() - found.unparsed - found.refused.keys())
+    found.unasked.update(prompts.keys() - found.scores.keys() - found.unparsed - found.refused.keys())
     return found
-
-
-def _spread(texts: Mapping[str, tuple[str, int]]) -> list[str]:
-    # one question each of some prompts, evenly spaced, and then all other questions in their order
-    by_prompt = {prompt: text for text, prompt in reversed([*texts.items()])}
-    firsts = [text for text in texts if by_prompt[texts[text]] == text]
-    count = min(_REFUSALS, len(firsts))
-    return list(dict.fromkeys([*(firsts[i * len(firsts) // count] for i in range(count)), *texts]))
 
 
 def stopped(reason: str, done: int, total: int) -> str:
@@ -156,25 +146,33 @@ def stopped(reason: str, done: int, total: int) -> str:
 
 
 class _Run:
-    def __init__(
-        self,
-        settings: Judge,
-        cache: Cache,
-        ask: Callable[[str], Reply],
-        tick: Callable[[], None],
-        prompts: Mapping[str, tuple[str, int]],
-    ):
-        """`prompts` maps the text of each question to its prompt: the set and the index."""
+    def __init__(self, settings: Judge, cache: Cache, ask: Callable[[str], Reply], tick: Callable[[], None], prompts: Mapping[str, Prompt]):
+        """`prompts` maps the text of each question to its prompt."""
         self.settings, self.cache, self.ask, self.tick, self.prompts = settings, cache, ask, tick, prompts
         self.stop, self.lock, self.verdicts, self.failure = threading.Event(), threading.Lock(), Verdicts(), ""
-        self.answered, self.refused = defaultdict[str, set[int]](set), defaultdict[str, set[int]](set)
-        """Test set -> the prompts about which the endpoint has answered a question, in this run or an earlier one; and those about which it
-        has refused one since its last answer in this run."""
-        for text, (name, index) in prompts.items():
-            if cache.get(question_key(settings, text)):
-                self.answered[name].add(index)
+        self.texts = defaultdict[Prompt, list[str]](list)
+        for text, prompt in prompts.items():
+            self.texts[prompt].append(text)
+        self.rows = in_random_order(self.texts)
+        self.order = [prompt for each in zip_longest(*self.rows.values()) for prompt in each if prompt]
+        self.answered = any(cache.get(question_key(settings, text)) for text in prompts)
+        """True after an answer of the endpoint, in this run or an earlier one."""
+        self.refusals, self.refused = Counter[Prompt](), set[Prompt]()
+        """The number of refused questions about each prompt, and the prompts of which all questions are refused."""
         self.closed = set[str]()
         """The test sets of which no more questions are asked."""
+
+    def probes(self) -> list[str]:
+        # about different prompts, as far as possible; arms, training seeds and orders alternate
+        rounds = range(max(map(len, self.texts.values()), default=0))
+        texts = [(self.texts[prompt], i) for i, prompt in enumerate(self.order)]
+        return list(dict.fromkeys(of[(i + turn) % len(of)] for turn in rounds for of, i in texts))[:_REFUSALS]
+
+    def settle_all(self, texts: Sequence[str]) -> None:
+        self.stop = threading.Event()
+        for future in in_threads(texts, self.settle, threads=self.settings.jobs, stop=self.stop):
+            if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable):
+                raise error
 
     def settle(self, text: str) -> None:
         found = None
@@ -188,10 +186,7 @@ class _Run:
                 if reply is None:
                     return
                 self.cache.put(key, reply)
-                with self.lock:
-                    name, index = self.prompts[text]
-                    self.answered[name].add(index)
-                    self.refused[name].clear()
+                self.answered = True
             found = parse_scores(reply.text)
             if found is not None:
                 break
@@ -209,16 +204,21 @@ class _Run:
             with self.lock:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
-                name, index = self.prompts[text]
-                self.refused[name].add(index)  # a prompt that is filtered or too long has a question for each arm and order
-                if not any(self.answered.values()) and sum(map(len, self.refused.values())) >= _REFUSALS:
-                    self.stop.set()
-                if len(self.refused[name]) >= max(_MORE_REFUSALS, len(self.answered[name])):
-                    self.closed.add(name)
+                self._count(self.prompts[text])
             return None
         except Unavailable as error:
             self.fail(str(error))
             raise
+
+    def _count(self, prompt: Prompt) -> None:
+        self.refusals[prompt] += 1
+        if self.refusals[prompt] == len(self.texts[prompt]):
+            self.refused.add(prompt)
+        # in a row in the order of asking, not of the replies: a refusal can take milliseconds, and an answer seconds
+        place = (row := self.rows[prompt[0]]).index(prompt)
+        before, after = (takewhile(self.refused.__contains__, side) for side in (row[place::-1], row[place + 1 :]))
+        if len([*before, *after]) >= _REFUSALS:
+            self.closed.add(prompt[0])
 
     def fail(self, reason: str) -> None:
         with self.lock:

@@ -18,7 +18,7 @@ from tadistill.errors import ConfigError, JudgeFailed, StoreError
 from tadistill.judge import commands
 from tadistill.judge.questions import Question
 from tadistill.judge.scores import ask_all, question_key
-from tadistill.models.chat_api import Refused, Reply, connect
+from tadistill.models.chat_api import Refused, Reply, Unavailable, connect
 from tadistill.results.sample_answers import judgements
 
 from .fake import as_json, completion, error, serve, slow
@@ -244,19 +244,85 @@ def test_first_prompts_that_are_all_refused_do_not_stop_the_others(judged):
     assert (found["missing"], {(r["arm"], r["set"]): r["n"] for r in found["rows"]}) == (28, {("good", "facts"): 3, ("bad", "facts"): 3})
 
 
-def test_a_filter_that_refuses_the_first_prompts_of_many_does_not_stop_the_others():
+class Memory(dict):
+    """Replies that are kept in memory."""
+
+    put = dict.__setitem__
+
+
+def ask_about(sizes, refused, *, jobs=1, memory=None, questions=2, seconds=0.0):
+    """Ask about sets of prompts, and return the verdicts, what was sent, and the number of complete prompts.
+
+    `refused(set, index, question)` says which questions are refused.
+    """
     sent = []
 
     def answer(text: str) -> Reply:
         sent.append(text)
-        if int(text.split()[1]) < 80:
+        name, index, number = text.split()
+        if refused(name, int(index), int(number)):
             raise Refused("it answers 400 (content_filter)")
+        time.sleep(seconds)
         return Reply("8 5", 1, 1)
 
-    questions = [Question("dolly", i, 0, "a", "b", f"prompt {i} {order}") for i in range(100) for order in (0, 1)]
-    found = ask_all(questions, Judge(model="j", base_url="http://j", jobs=1), Memory(), answer)
-    assert found.scores.keys() >= {"prompt 80 0", "prompt 90 0"}
-    assert sent[:10] == [f"prompt {i} 0" for i in range(0, 100, 10)]
+    asked = [
+        Question(name, i, 0, "a", "b", f"{name} {i} {n}") for name, size in sizes.items() for i in range(size) for n in range(questions)
+    ]
+    settings = Judge(model="j", base_url="http://j", jobs=jobs)
+    found = ask_all(asked, settings, Memory() if memory is None else memory, answer)
+    complete = sum(all(f"{name} {i} {n}" in found.scores for n in range(questions)) for name, size in sizes.items() for i in range(size))
+    return found, sent, complete
+
+
+@pytest.mark.parametrize("refused", [15, 25, 40, 80])
+def test_a_filter_that_refuses_the_first_prompts_of_many_does_not_stop_the_others(refused):
+    """None of the other prompts was complete, however often the command was repeated."""
+    memory = Memory()
+    for _ in range(2):
+        found, _, complete = ask_about({"dolly": 100}, lambda name, index, number: index < refused, memory=memory)
+        assert (complete, len(found.refused), found.unasked) == (100 - refused, 2 * refused, set())
+
+
+@pytest.mark.parametrize("prompts", [50, 100])
+def test_a_set_that_is_refused_at_once_does_not_stop_one_that_is_answered_slowly(prompts):
+    """Ten refusals came before the first answer, and ended the command."""
+    found, _, complete = ask_about({"a": prompts, "b": 20}, lambda name, index, number: name == "a", jobs=8, seconds=0.01)
+    assert (complete, len(found.scores)) == (20, 40)
+
+
+def test_refusals_that_come_before_slow_answers_do_not_close_a_set():
+    found, _, complete = ask_about({"a": 300}, lambda name, index, number: index % 5 > 0, jobs=32, seconds=0.02)
+    assert (complete, found.unasked) == (60, set())
+
+
+def test_a_small_set_is_among_the_first_questions():
+    """Ten prompts that were spread over all prompts were of the large set."""
+    found, _, complete = ask_about({"large": 500, "small": 40}, lambda name, index, number: name == "large")
+    assert complete == 40
+    assert {text.split()[0] for text in found.unasked} == {"large"}
+
+
+@pytest.mark.parametrize("prompts", [1, 100])
+def test_an_arm_whose_answers_are_refused_does_not_stop_the_others(prompts):
+    found, sent, _ = ask_about({"dolly": prompts}, lambda name, index, number: number < 2, questions=4)
+    assert (len(found.scores), len(found.refused)) == (2 * prompts, 2 * prompts)
+    assert len(sent) == len(set(sent)) == 4 * prompts
+
+
+def test_an_interrupted_run_behind_many_filtered_prompts_asks_the_others():
+    memory, left = Memory(), 200
+
+    def refused(name, index, number):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Unavailable("it answers 429")
+        return index % 5 > 0
+
+    with pytest.raises(JudgeFailed, match="the endpoint failed: it answers 429"):
+        ask_about({"dolly": 300}, refused, memory=memory)
+    found, _, complete = ask_about({"dolly": 300}, lambda name, index, number: index % 5 > 0, memory=memory)
+    assert (complete, found.unasked) == (60, set())
 
 
 def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged):
@@ -267,51 +333,25 @@ def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged)
         assert (found["missing"], {r["arm"]: r["n"] for r in found["rows"]}) == (20, {"good": 1, "bad": 1})
         with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 16 questions are answered"):
             judged(fake.url, sets=["dolly"], jobs=1)
-        assert len(fake.asked) == 20 + 16  # fewer prompts than are asked about before the command ends
+        assert len(fake.asked) == 20 + 16  # the first questions are about fewer prompts
         with pytest.raises(JudgeFailed, match=r"has refused all questions so far, .*0 of 4 questions are answered"):
             judged(fake.url, sets=["dolly"], limit=1)
 
 
-class Memory(dict):
-    """Replies that are kept in memory."""
+@pytest.mark.parametrize(("prompts", "requests"), [(9, 18), (30, 50), (300, 50)])
+def test_an_endpoint_that_refuses_everything_is_asked_few_questions(prompts, requests):
+    sent = []
+    with pytest.raises(JudgeFailed, match="it has refused all questions so far"):
+        ask_about({"dolly": prompts}, lambda name, index, number: sent.append(index) or True)
+    assert (len(sent), len(set(sent))) == (requests, min(prompts, requests))
 
-    put = dict.__setitem__
 
-
-@pytest.mark.parametrize(
-    ("prompts", "saved", "refused", "requests"),
-    [
-        (300, 1, range(1, 300), 1 + 2 * 19 + 1),  # the second question of the first prompt, and the first one of the 20th that is refused
-        (300, 0, range(10, 300), 9 + 2 * 10 + 2 * 19 + 1),  # the first ten are spread over all prompts
-        (300, 0, range(300), 10),
-        (300, 80, range(60, 300), 60 + 20 + 2 * 59 + 1),  # as many prompts as were answered
-        (60, 1, range(0, 60, 2), 0),
-        (100, 60, range(60, 100), 0),
-        (120, 98, range(98, 120), 0),
-        (40, 0, range(2), 0),
-    ],
-)
-def test_an_endpoint_that_begins_to_refuse_everything_is_asked_no_more(prompts, saved, refused, requests):
-    """It is after filtered prompts, also if a finished run is repeated. `requests` is 0 if all questions are asked."""
-    settings, sent = Judge(model="j", base_url="http://j", jobs=1), []
-    cache = Memory({question_key(settings, f"{i} 0"): Reply("8 5", 1, 1) for i in range(saved)})
-
-    def answer(text: str) -> Reply:
-        sent.append(text)
-        if int(text.split()[0]) in refused:
-            raise Refused("it answers 400 (no)")
-        return Reply("8 5", 1, 1)
-
-    questions = [Question("dolly", i, 0, "a", "b", f"{i} {order}") for i in range(prompts) for order in (0, 1)]
-    if len(refused) == prompts:
-        with pytest.raises(JudgeFailed, match="it has refused all questions so far"):
-            ask_all(questions, settings, cache, answer)
-    else:
-        found = ask_all(questions, settings, cache, answer)
-        left = len(set(refused)) * 2 - sum(i < saved for i in refused)
-        assert (len(found.refused) + len(found.unasked), bool(found.unasked)) == (left, bool(requests))
-        assert len(found.scores) == len(questions) - left
-    assert len(sent) == requests or not requests
+def test_an_endpoint_that_begins_to_refuse_everything_is_asked_no_more():
+    settings = Judge(model="j", base_url="http://j")
+    memory = Memory({question_key(settings, f"{name} {i} 0"): Reply("8 5", 1, 1) for name, i in (("a", 0), ("a", 1), ("b", 0))})
+    found, sent, _ = ask_about({"a": 900, "b": 900}, lambda name, index, number: True, memory=memory)
+    assert len(sent) <= 2 * (3 * 2 * 50)
+    assert (len(found.scores), len(found.refused) + len(found.unasked)) == (3, 3600 - 3)
 
 
 def test_a_set_that_the_endpoint_refuses_keeps_no_summary_from_being_written(judged):
@@ -323,22 +363,34 @@ def test_a_set_that_the_endpoint_refuses_keeps_no_summary_from_being_written(jud
             assert (both["rows"], both["missing"]) == (alone["rows"], 24)
 
 
-def test_sets_behind_one_that_is_refused_are_asked():
-    def answer(text: str) -> Reply:
-        if text.startswith("long"):
-            raise Refused("it answers 400 (too long)")
-        return Reply("8 5", 1, 1)
+def test_sets_beside_one_that_is_refused_are_asked():
+    found, _, complete = ask_about(dict.fromkeys(("short", "long", "last"), 70), lambda name, index, number: name == "long")
+    assert (complete, len(found.refused), len(found.unasked)) == (140, 100, 40)
 
-    questions = [Question(name, i, 0, "a", "b", f"{name} {i}") for name in ("short", "long", "last") for i in range(30)]
-    found = ask_all(questions, Judge(model="j", base_url="http://j", jobs=1), Memory(), answer)
-    assert (len(found.scores), len(found.refused), len(found.unasked)) == (60, 20, 10)
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (completion("Both are lovely."), "no scores can be read from the replies to 1 of 2 questions"),
+        (error(400, "filtered"), "the endpoint refused 1 of 2 questions"),
+    ],
+)
+def test_too_few_scores_for_a_summary_are_a_failure(judged, second, said):
+    """It wrote a summary without a row over the one of an earlier run."""
+    with serve(honest) as fake:
+        before = judged(fake.url, sets=["dolly"])
+    failed = pytest.raises(JudgeFailed, match="no arm has a prompt with scores in both orders and for every training seed, so there is no")
+    with serve(lambda number, text: second if number else honest(number, text)) as fake, failed:
+        judged(fake.url, sets=["facts"], limit=1, arms=["good"], jobs=1)
+    assert said in judged.said
+    assert json.loads((judged.study.study_dir / "judge" / "judge-pair-judge-1.json").read_text()) == before
 
 
 def test_questions_that_were_not_asked_are_counted(judged, monkeypatch):
-    monkeypatch.setattr("tadistill.judge.scores._MORE_REFUSALS", 2)
-    with serve(lambda number, text: error(400, "filtered") if number > 1 else honest(number, text)) as fake:
-        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 14
-    text = "12 questions were not asked, because the endpoint refused too many prompts of a test set in a row"
+    monkeypatch.setattr("tadistill.judge.scores._REFUSALS", 2)
+    with serve(lambda number, text: honest(number, text) if number in (0, 2, 3, 4) else error(400, "filtered")) as fake:
+        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 12  # the first prompt is answered
+    text = "4 questions were not asked, because the endpoint refused too many prompts of a test set in a row"
     assert text in " ".join(judged.said.split())
 
 
