@@ -116,7 +116,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
         state = "[green]done[/]" if done else "[yellow]to run[/]"
         needs = process_bytes(plan, first, cuda=throughput.gpus() > 0)
         share = f" + {plan.recipe.runtime.vllm.memory:.0%}" if uses_vllm(first.spec) else ""
-        memory = f"{needs / 1e9:.2g} GB{share}" if needs else "–"
+        memory = (f"{needs / 1e9:.2g} GB" if needs else "–") + share
         seconds = [store.manifest(s.key).get("seconds") if done else throughput.seconds(s.cost, speeds) for s in stages]
         parents = " ".join(key[:6] for key in dict.fromkeys(first.parents.values())) if alone else ""
         cells = [key, state, _flops_of(stages), _time(seconds), memory, escape(text)]

@@ -205,6 +205,14 @@ def test_the_plan_shows_the_share_of_vllm(sleep, tmp_path):
     assert ("only while it samples" in text) == sleep
 
 
+def test_the_plan_shows_the_share_of_vllm_where_other_memory_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr("tadistill.plan.preview.process_bytes", lambda *_, **__: None)
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(preview(planned(runtime={"vllm": {"memory": 0.4}}), Store(tmp_path), 250))
+    lines = [line for line in console.export_text().splitlines() if "to run" in line]
+    assert {line for line in lines if "  – + 40%  " in line} == {line for line in lines if "  distill " in line}
+
+
 def test_a_gpu_without_room_for_the_share_of_vllm_is_refused(monkeypatch):
     found = planned(runtime={"vllm": {"memory": 0.5, "sleep": False}})
     gpu = schedule.Gpu("card", free=int(39e9), memory=int(80e9))
