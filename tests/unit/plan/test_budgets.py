@@ -7,6 +7,7 @@ from tadistill.config import validate
 from tadistill.config.added_arms import budget_of
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
+from tadistill.plan.inputs import Split
 from tadistill.plan.notes import off_budget
 from tadistill.runner.run_study import describe
 
@@ -102,6 +103,14 @@ def test_a_budget_adds_no_stage_that_no_arm_needs():
     arms = {"l-s": "l > s", "longer": {"path": "l > s", "compute": "2x l-s"}}
     found = plan(arms=arms, budgets=None, analyse=False, evaluate={"also": {}})
     assert all(stage.arms for stage in found.stages.values())
+
+
+def test_budgets_hash_no_data_set_again(monkeypatch):
+    """The teachers' own trainings, which `compute` leaves out, read the same sets."""
+    read, of = [], Split.of
+    monkeypatch.setattr(Split, "of", lambda rows, **fields: read.append(fields["role"]) or of(rows, **fields))
+    plan()
+    assert read.count("train") == 1
 
 
 def test_the_answers_of_the_teacher_are_a_cost_of_the_arm_that_learns_them():
