@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tadistill.config.evaluate import REFERENCE, Judge
 from tadistill.disk import write_json
@@ -44,7 +44,7 @@ _SHARE = (0.0, 100.0)  # the bounds of a win rate
 Scores = tuple[float, float]
 Array = NDArray[np.float64]
 Row = dict[str, Any]
-T = TypeVar("T")
+T = TypeVar("T", bound=ArrayLike)
 
 
 @dataclass(frozen=True)
