@@ -34,8 +34,7 @@ Numbers = dict[str, dict[str, float]]  # set -> metric of the whole set -> value
 class Row:
     """One value in the list `rows` of ``results.json``: an arm's mean of a metric on one test set, for one training seed.
 
-    `low` and `high` are the ends of its 95 % interval over prompts. They are None if there is none: one value per set, one prompt, or equal
-    scores.
+    `low` and `high` are the ends of its 95 % interval over prompts. They are None for one value per set, one prompt, or equal scores.
     """
 
     arm: str
@@ -93,8 +92,7 @@ class Results:
     reference_length: Mapping[str, NDArray[np.int64]]
     """Maps a test set to the number of tokens in each prompt's first reference, (N,)."""
     unseen: Mapping[str, float]
-    """Maps a test set to the share (0-1) of the references' letters that ROUGE-L ignores. It is 0 if an earlier version evaluated the set.
-    """
+    """Maps a test set to the share (0-1) of the references' letters that ROUGE-L ignores. It is 0 if an earlier version evaluated it."""
     compared: Mapping[str, NDArray[np.int64]]
     """Maps a test set to the row numbers (places in the split, from 0) of the rows that all evaluations answered, (N,). The scores are in
     the same order."""
@@ -230,6 +228,7 @@ class Reader:
         return self.loaded[key]
 
 
+@once
 def primary_metric(results: Results) -> str:
     """Return the metric for verdicts and main figures: the first quality metric that was measured, or else ROUGE-L.
 
@@ -246,6 +245,7 @@ def seeds_of(results: Results) -> tuple[int, ...]:
     return tuple(sorted({seed for arm in results.plan.arms for seed in arm.evaluate}))
 
 
+@once
 def sets_with(results: Results, metric: str) -> tuple[str, ...]:
     """Return the test sets on which at least one arm has a value of the metric. The mean over sets (`MEAN`) uses these sets."""
     tables = [table for by_seed in results.scores.values() for table in by_seed.values()]

@@ -26,6 +26,7 @@ from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, macro_difference, spread_claimed
 
 Bucket = tuple[int, int | None]
+_Stacked = tuple[list[NDArray[np.float64]], NDArray[np.float64]]  # the scores on each set, and each seed's mean over the sets
 
 BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 """The smallest and the largest reference length of each bucket, in tokens. None means no limit."""
@@ -40,8 +41,14 @@ def compare(results: Results, arm: str, other: str, metric: str, set_name: str =
     common = common_seeds(results, arm, other, sets, metric)
     if not common:
         return None
-    stacks = [[stack(results, name, common, member, metric) for member in sets] for name in (arm, other)]
-    return macro_difference(*stacks, bounds=metric_of(metric).bounds), common
+    mine, theirs = (_stacked(results, name, common, sets, metric)[0] for name in (arm, other))
+    return macro_difference(mine, theirs, bounds=metric_of(metric).bounds), common
+
+
+@once
+def _stacked(results: Results, arm: str, seeds: tuple[int, ...], sets: tuple[str, ...], metric: str) -> _Stacked:
+    strata = [stack(results, arm, seeds, member, metric) for member in sets]
+    return strata, np.mean([values.mean(axis=(1, 2)) for values in strata], axis=0)
 
 
 def common_seeds(results: Results, arm: str, other: str, sets: tuple[str, ...], metric: str) -> tuple[int, ...]:
@@ -56,7 +63,7 @@ def differences_per_seed(results: Results, arm: str, other: str, metric: str) ->
     seeds = common_seeds(results, arm, other, sets, metric)
     if not seeds:
         return {}
-    mine_S, theirs_S = (np.mean([stack(results, n, seeds, m, metric).mean(axis=(1, 2)) for m in sets], axis=0) for n in (arm, other))
+    mine_S, theirs_S = (_stacked(results, name, seeds, sets, metric)[1] for name in (arm, other))
     return {seed: float(value) for seed, value in zip(seeds, mine_S - theirs_S, strict=True)}
 
 
@@ -186,8 +193,7 @@ def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> S
 
 
 def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
-    """Return the paired difference ``arm - other`` over the prompts whose reference length is in the range `bucket`. None without
-    scores."""
+    """Return the paired difference ``arm - other`` over the prompts whose reference length is in `bucket`. None without scores."""
     seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
     mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
     return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
@@ -243,8 +249,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """Paired differences ``arm - other`` that show whether a gain is only sharpening (lower entropy). A value is None if it was not
-    measured."""
+    """Paired differences ``arm - other`` that show whether a gain is only sharpening (lower entropy). None: not measured."""
 
     forward_kl: Difference | None
     reverse_kl: Difference | None
@@ -273,9 +278,7 @@ def mechanism(results: Results, arm: str, other: str, metric: str) -> Mechanism:
 
 def greedy_decoding(results: Results) -> str | None:
     """Return the name of the decoding with temperature 0 that otherwise equals the main one (`evaluate`), except perhaps in the seeds.
-
-    Return None if there is no such decoding.
-    """
+    Return None if there is no such decoding."""
     return next((name for name in temperatures(results) if results.plan.decodings[name]["temperature"] == 0), None)
 
 

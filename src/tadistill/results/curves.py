@@ -1,12 +1,14 @@
 """Read the curves of a study: training logs, exposure bias by position, and calibration by confidence."""
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tadistill.disk import read_json, read_jsonl
+from tadistill.disk import read_json, stream_jsonl
 from tadistill.metrics import in_order
 from tadistill.plan.graph import without_seed
 from tadistill.plan.kinds import TRAINING
@@ -21,6 +23,7 @@ _LONGEST = 256  # number of positions that are drawn
 
 Array = NDArray[np.float64]
 Series = tuple[list[int], list[float]]  # steps, values
+Log = tuple[NDArray[np.int64], Array]  # steps in ascending order, values
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,23 @@ class Curve:
     seeds: Mapping[int, Series]
 
 
-def load_metrics(store: Store, key: str) -> dict[str, dict[int, float]]:
-    """Read the log of one training as {metric: {step: value}}. If a step has two lines, the later line counts."""
-    series: dict[str, dict[int, float]] = {}
-    for line in read_jsonl(store.artifact(key, "metrics.jsonl"), fix=store.redo(key)):
+def load_metrics(store: Store, key: str) -> dict[str, Log]:
+    """Read the values on dev and the learning curves from the log of one training. If a step has two lines, the later line counts."""
+    read: dict[str, tuple[array[int], array[float]]] = {}
+    wanted: dict[str, bool] = {}
+    for _, line in stream_jsonl(store.artifact(key, "metrics.jsonl"), fix=store.redo(key)):
         for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                series.setdefault(name, {})[line["step"]] = float(value)
-    return {name: dict(sorted(points.items())) for name, points in series.items()}
+            if name not in wanted:
+                wanted[name] = name.startswith("dev/") or bool(in_order([name]))
+            if wanted[name] and isinstance(value, int | float):
+                steps, values = read.setdefault(name, (array("q"), array("d")))
+                steps.append(line["step"])
+                values.append(value)
+    logs: dict[str, Log] = {}
+    for name, (all_steps, all_values) in read.items():
+        steps_T, last = np.unique(np.array(all_steps)[::-1], return_index=True)
+        logs[name] = steps_T, np.array(all_values)[::-1][last]
+    return logs
 
 
 @once
@@ -66,8 +78,8 @@ def learning_curves(results: Results) -> list[Curve]:
         for metric in in_order(name for log in logs.values() for name in log):
             by_seed = {seed: log[metric] for seed, log in logs.items() if metric in log}
             if by_seed:
-                seeds = {seed: _thinned(points) for seed, points in by_seed.items()}
-                curves.append(Curve(name, arm_name, metric, _thinned(_mean(by_seed)), seeds))
+                seeds = {seed: _thinned(log) for seed, log in by_seed.items()}
+                curves.append(Curve(name, arm_name, metric, _thinned(_mean([*by_seed.values()])), seeds))
     return curves
 
 
@@ -77,33 +89,39 @@ def last_dev_value(results: Results, arm: str, model: str, metric: str) -> float
     last: dict[int, float] = {}
     for stage in results.plan.stages:  # a model's distillation comes after its fine-tuning, so its value is kept
         trains_it = arm in stage.arms and stage.model == model and stage.kind in TRAINING
-        if trains_it and results.store.finished(stage.key):
-            if stage.key not in (known := _last_values(results)):
-                _read_log(results, stage.key)
-            if (value := known[stage.key].get(f"dev/{metric}")) is not None:
-                last[stage.seed] = value
+        if trains_it and (values := values_on_dev(results, stage.key, metric)):
+            last[stage.seed] = values[-1]
     return float(np.mean(list(last.values()))) if last else None
 
 
+def values_on_dev(results: Results, key: str, metric: str) -> list[float]:
+    """Return the values of a metric on dev in the log of a training, from the first step to the last. It is empty without a value, and if
+    the training is not finished."""
+    known = _on_dev(results)
+    if key not in known and results.store.finished(key):
+        _read_log(results, key)
+    return known.get(key, {}).get(f"dev/{metric}", [])
+
+
 @once
-def _last_values(results: Results) -> dict[str, dict[str, float]]:
-    # the last dev values in the logs that `_read_log` has read, by the key of the training, so that no log is read twice
+def _on_dev(results: Results) -> dict[str, dict[str, list[float]]]:
+    # the values on dev in the logs that `_read_log` has read, by the key of the training: they are few, and wanted for each pair of arms
     return {}
 
 
-def _read_log(results: Results, key: str) -> dict[str, dict[int, float]]:
-    log = load_metrics(results.store, key)
-    _last_values(results)[key] = {name: points[max(points)] for name, points in log.items() if name.startswith("dev/")}
-    return log
+def _read_log(results: Results, key: str) -> dict[str, Log]:
+    logs = load_metrics(results.store, key)
+    _on_dev(results)[key] = {name: values.tolist() for name, (_, values) in logs.items() if name.startswith("dev/")}
+    return logs
 
 
-def _mean(by_seed: Mapping[int, dict[int, float]]) -> dict[int, float]:
-    common = set.intersection(*(set(points) for points in by_seed.values()))
-    return {step: float(np.mean([points[step] for points in by_seed.values()])) for step in sorted(common)}
+def _mean(logs: Sequence[Log]) -> Log:
+    common = reduce(np.intersect1d, [steps for steps, _ in logs])
+    return common, np.stack([values[np.searchsorted(steps, common)] for steps, values in logs], axis=-1).mean(axis=-1)
 
 
-def _thinned(points: Mapping[int, float]) -> Series:
-    steps, values = np.array(list(points)), np.array(list(points.values()))
+def _thinned(log: Log) -> Series:
+    steps, values = log
     if len(steps) > _POINTS:
         edges = np.linspace(0, len(steps), _POINTS + 1).astype(int)[:-1]
         widths = np.diff([*edges, len(steps)])

@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -201,13 +202,16 @@ class StudyPlan:
         """The sources of the training rows, joined by ``+``."""
         return " + ".join(ref["load"] for ref in training_refs(self.recipe["data"]))
 
+    @cached_property
+    def _by_key(self) -> Mapping[str, StageRecord]:
+        return {stage.key: stage for stage in self.stages}
+
     def ancestors(self, key: str | None, *, paid: bool = False) -> list[StageRecord]:
         """Return a stage and all stages whose results it uses. The list is empty if `key` is None (a model that is not trained).
 
         With `paid`, only stages whose FLOPs count for an arm are returned. `StageRecord.like` explains which do not count.
         """
-        stages = {stage.key: stage for stage in self.stages}
-        found: dict[str, StageRecord] = {}
+        stages, found = self._by_key, dict[str, StageRecord]()
         todo = [key] if key is not None else []
         while todo:
             at = todo.pop()

@@ -20,7 +20,7 @@ from tadistill import constants
 from tadistill.constants import SEEDS_FOR_A_CLAIM
 from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import Mechanism, at_equal_compute, compare, differences_per_seed, direct_of, mechanism, twin_of
-from tadistill.results.curves import load_metrics
+from tadistill.results.curves import values_on_dev
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, SignFlip, equivalent, holm, minimum_detectable_effect, seeds_to_detect, sign_flip
 from tadistill.statistics import inflation as inflation_of
@@ -118,15 +118,16 @@ class ComparedPair:
     against: Against
 
 
-def pairs(results: Results) -> list[ComparedPair]:
+@once
+def pairs(results: Results) -> tuple[ComparedPair, ...]:
     """Return the pairs of arms to compare. Each chain (path with assistants) is compared with direct distillation.
 
     If the study has no chains, all competing arms are compared with each other.
     """
     chains = [arm for arm in results.plan.arms if arm.has_assistant]
     if chains:
-        return [_chain_pair(results, chain) for chain in chains]
-    return [ComparedPair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2)]
+        return tuple(_chain_pair(results, chain) for chain in chains)
+    return tuple(ComparedPair(a, b, "pair") for group in competitors(results) for a, b in combinations(group, 2))
 
 
 def control_pairs(results: Results) -> list[tuple[ArmRecord, ArmRecord]]:
@@ -292,12 +293,13 @@ def checkpoints_chosen_from(results: Results, arm: ArmRecord, other: ArmRecord, 
 
 
 def _spread_on_dev(results: Results, arms: tuple[ArmRecord, ArmRecord], seeds: tuple[int, ...], metric: str) -> float | None:
-    variances: list[float] = []
-    for key in (arm.final[seed] for arm in arms for seed in seeds):
-        if key is None or not results.store.finished(key):
-            continue
-        values = list(load_metrics(results.store, key).get(f"dev/{metric}", {}).values())
-        later = values[len(values) // 2 :] if len(values) > 3 else values
-        if len(later) > 1:
-            variances.append(float(np.var(later, ddof=1)))
+    keys = [key for arm in arms for seed in seeds if (key := arm.final[seed]) is not None]
+    variances = [variance for key in keys if (variance := _variance_on_dev(results, key, metric)) is not None]
     return float(np.sqrt(np.mean(variances))) if variances else None
+
+
+@once
+def _variance_on_dev(results: Results, key: str, metric: str) -> float | None:
+    values = values_on_dev(results, key, metric)
+    later = values[len(values) // 2 :] if len(values) > 3 else values
+    return float(np.var(later, ddof=1)) if len(later) > 1 else None

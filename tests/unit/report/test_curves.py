@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tadistill.results.curves import last_dev_value, learning_curves, load_metrics
+from tadistill.results.verdict import comparisons
 
-from .builder import SMALL, StudySpec, build_study, key_of
+from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
 
 
 def log_of(study, arm, seed):
@@ -80,3 +81,21 @@ def test_each_log_is_read_once(shared, monkeypatch):
     assert learning_curves(results)
     assert last_dev_value(results, "chain", "l", "rouge_l") == last_dev_value(shared.results, "chain", "l", "rouge_l")
     assert len(read) == len({*read})
+
+
+def test_each_log_is_read_once_for_all_pairs_of_an_arm(tmp_path, monkeypatch):
+    chains = [ArmSpec(name, ("xl", name, "s")) for name in ("l", "m")]
+    results, read = build_study(tmp_path, StudySpec([ArmSpec("direct", ("xl", "s")), *chains])).read(), list[str]()
+    monkeypatch.setattr("tadistill.results.curves.load_metrics", lambda store, key: read.append(key) or load_metrics(store, key))
+    assert [(c.other, c.selection is not None) for c in comparisons(results)] == [("direct", True)] * 2
+    assert len(read) == len({*read}) == 6
+
+
+def test_of_a_log_only_curves_and_values_on_dev_are_kept(shared):
+    key = key_of("distill", ("xl", "s"), 10, "direct")
+    logged = {name for line in log_of(shared, "direct", 10) for name in line}
+    kept = load_metrics(shared.results.store, key)
+    assert {"step", "train/tokens_per_second"} <= logged - {*kept}
+    assert {"train/loss", "dev/rouge_l"} <= {*kept}
+    steps, values = kept["train/loss"]
+    assert steps.nbytes + values.nbytes == 16 * len(steps)

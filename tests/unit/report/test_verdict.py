@@ -1,6 +1,7 @@
 """The verdict on chains: its word, its tests, its controls, and what it says of models alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,6 +168,33 @@ def test_seeds_that_only_one_side_has_are_named(tmp_path):
     assert "chain and twin are compared on the training seeds that both have finished: 1, 2, 3, 4." in caution_texts(
         comparisons(results)[0]
     )
+
+
+class Listed:
+    """Counts how often all members of a mapping or a tuple are listed."""
+
+    def __init__(self, members):
+        self.members, self.times = members, 0
+
+    def __getitem__(self, at):
+        return self.members[at]
+
+    def __iter__(self):
+        self.times += 1
+        return iter(self.members)
+
+    def values(self):
+        self.times += 1
+        return self.members.values()
+
+
+@pytest.mark.parametrize("arms", [3, 6])
+def test_pairs_of_arms_do_not_list_all_scores_and_stages_again(tmp_path, arms):
+    found = build_study(tmp_path, StudySpec([ArmSpec(f"kd-{i}", ("xl", "s")) for i in range(arms)], decoding_seeds=1)).read()
+    scores, stages = Listed(found.scores), Listed(found.plan.stages)
+    results = replace(found, plan=replace(found.plan, stages=stages), scores=scores)
+    assert len(comparisons(results)) == arms * (arms - 1) // 2
+    assert (scores.times, stages.times) == (2, 1)
 
 
 def test_models_alone_are_compared_in_pairs(tmp_path):
