@@ -17,6 +17,8 @@ from rich.text import Text
 
 from tadistill.text import visible
 
+MINUTE = 60.0
+"""Smallest number of seconds between two lines about the progress of the same work, if the output is not a terminal."""
 BROKEN_PIPE = 141
 """Exit code of a command whose output nobody reads any more. Shells use the same code (128 + SIGPIPE)."""
 _PLAIN = {"–": "-", "−": "-", "…": ".", "×": "x"}
@@ -74,7 +76,8 @@ class Terminal(Console):
 
     @contextmanager
     def working(self, text: str) -> Iterator[Callable[[str], None]]:
-        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text once.
+        """Show a spinner with a text while the `with` block runs. If the output is not a terminal, print the text at once, and then how far
+        the work is once a minute.
 
         The block gets a function that shows how far the work is, behind the text.
         """
@@ -82,7 +85,15 @@ class Terminal(Console):
             yield lambda progress: None
         elif not self.is_interactive:
             self.note(f"{text} …")
-            yield lambda progress: None
+            said = time.monotonic()
+
+            def show(progress: str) -> None:
+                nonlocal said
+                if time.monotonic() - said >= MINUTE:
+                    said = time.monotonic()
+                    self.note(f"{text}: {progress}")
+
+            yield show
         else:
             with self.status(Text(text)) as shown:
                 yield lambda progress: shown.update(Text(f"{text}: {progress}"))

@@ -292,7 +292,8 @@ def submit(
         if anything:
             from tadistill.runner.preflight import check_inputs  # imports transformers
 
-            check_inputs(plan, console)
+            with console.working("checking models and data") as show:
+                check_inputs(plan, console, show=show)
         save_plan(plan, runs, recipe_text=text, command=command, console=console)
 
     sent, waiting = submission.run(ready)

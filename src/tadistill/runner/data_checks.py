@@ -1,6 +1,6 @@
 """Tokenise the splits of a study. Count the rows that are left out or cut, and find texts that are too long for a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -70,9 +70,17 @@ class Read:
         return _largest([self.texts, *(each.texts for each in self.contexts if name in each.teachers)])
 
 
-def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: StudyTokens, name: str, *, all_rows: bool = False) -> Read:
+def read_splits(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: StudyTokens,
+    name: str,
+    show: Callable[[str], None],
+    *,
+    all_rows: bool = False,
+) -> Read:
     """Tokenise all splits and the plain-text corpus with the `tokenizer` of the model `name`. A large training set may be left to the first
-    training. With `all_rows`, it is always tokenised.
+    training. With `all_rows`, it is always tokenised. `show` is called with how much of a large training set is tokenised.
 
     Raises:
         DataError: the template cannot be used with the tokenizer, all rows of a split are too long, or the corpus has no text.
@@ -89,8 +97,12 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
     for role, ref in data.splits(trains=trains(recipe)):
         where, rules = f"data set `{ref.name}` ({role})", Rules.of(data, role, bos=bos)
         if role == "train" and (total := survey.survey(ref, role, data)).large:
-            read = keep if all_rows or not total.plain(data) else glance
-            if kept := read(SplitRows.of(ref, role, data), tokenizer, rules, name=where):
+            large = SplitRows.of(ref, role, data), tokenizer, rules
+            if all_rows or not total.plain(data):
+                kept = keep(*large, name=where, tick=_tokenised(ref, total.rows, show))
+            else:
+                kept = glance(*large, name=where)
+            if kept:
                 counts[role, ref.name] = kept.counts
                 found.append(Texts(kept.longest, where))
             else:
@@ -110,7 +122,7 @@ def read_splits(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, tokens: Stud
         found.append(Texts(Longest(top=max(piece)), "data.corpus", len(piece)))
     _check_selection(recipe)
     contexts = tuple(
-        _behind(recipe, tokenizer, ref, Rules.of(data, "train", bos=bos, context=context), teachers)
+        _behind(recipe, tokenizer, ref, Rules.of(data, "train", bos=bos, context=context), teachers, show)
         for context, teachers in contexts_of(recipe).items()
         for ref in data.sets.values()
     )
@@ -137,10 +149,16 @@ def _check_selection(recipe: Recipe) -> None:
             )
 
 
-def _behind(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, rules: Rules, teachers: set[str]) -> OfContext:
+def _tokenised(ref: DataRef, rows: int, show: Callable[[str], None]) -> Callable[[int], None]:
+    return lambda done: show(f"{done:,} of {rows:,} rows of {ref.name} tokenised")
+
+
+def _behind(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, ref: DataRef, rules: Rules, teachers: set[str], show: Callable[[str], None]
+) -> OfContext:
     data, where = recipe.data, f"data set `{ref.name}` (train)"
-    if survey.survey(ref, "train", data).large:
-        kept = keep(SplitRows.of(ref, "train", data), tokenizer, rules, name=where)
+    if (total := survey.survey(ref, "train", data)).large:
+        kept = keep(SplitRows.of(ref, "train", data), tokenizer, rules, name=where, tick=_tokenised(ref, total.rows, show))
         return OfContext(frozenset(teachers), kept.counts, Texts(kept.longest, where))
     encoded, counts = encode(datasets.load(ref, "train", data), tokenizer, rules, name=where)
     return OfContext(frozenset(teachers), counts, Texts(Longest.of(encoded), where))

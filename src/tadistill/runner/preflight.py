@@ -1,7 +1,7 @@
 """Check data, models, tokenizers and memory before a study starts, so that mistakes are found before any stage has run."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,13 @@ _OF_GPU = "memory of a GPU"
 _STARTS = 10
 
 
-def check_study(plan: Plan, console: Terminal | None = None, stages: Iterable[Stage] | None = None) -> int:
+def _silent(progress: str) -> None:
+    pass
+
+
+def check_study(
+    plan: Plan, console: Terminal | None = None, stages: Iterable[Stage] | None = None, *, show: Callable[[str], None] = _silent
+) -> int:
     """Check that a plan can run on this machine. Return how many stages may run at the same time.
 
     Notes on the data are printed: how many rows will be left out or cut, and how much of the references ROUGE-L ignores.
@@ -53,12 +59,13 @@ def check_study(plan: Plan, console: Terminal | None = None, stages: Iterable[St
     Args:
         stages: the stages to run (default: all stages of the plan). A teacher's server is checked only if one of these stages
             uses it.
+        show: called with how much of a large training set is tokenised.
 
     Raises:
         ConfigError, DataError, ModelError: the plan cannot run here. Nothing has been written yet.
         ServerFailed: a server of a teacher does not answer, or runs another model.
     """
-    check_inputs(plan, console)
+    check_inputs(plan, console, show=show)
     stages = [*(plan.stages.values() if stages is None else stages)]
     if vllm_stages(stages):
         vllm_folder()
@@ -68,19 +75,20 @@ def check_study(plan: Plan, console: Terminal | None = None, stages: Iterable[St
     return jobs
 
 
-def check_inputs(plan: Plan, console: Terminal | None = None) -> None:
-    """Check everything that does not depend on the machine: data, tokenizers and models. Raises the same errors as `check_study`."""
+def check_inputs(plan: Plan, console: Terminal | None = None, *, show: Callable[[str], None] = _silent) -> None:
+    """Check everything that does not depend on the machine: data, tokenizers and models. Errors and `show` are those of `check_study`."""
     found, recipe = Gathering(), plan.recipe
     _check_without_models(plan, found)
     tokenizers = _load_tokenizers(plan, found)
     found.finish()
     families = _families(plan, tokenizers)
-    read = _read_data(plan, families)
+    read = _read_data(plan, families, show)
     with found.about():
         _check_top_k(recipe, min((family.shared for family in families), default=0))
     for name in tokenizers:
         with found.about(f"models.{name}"):
-            _check_model_and_texts(plan, name, tokenizers[name], next(family for family in families if name in family.models), read)
+            family = next(family for family in families if name in family.models)
+            _check_model_and_texts(plan, name, tokenizers[name], family, read, show)
     with found.about():
         unread = dict.fromkeys(of.unread for of in read.values() if of.unread)
         notes = [*unread, *rows_notes(read), *script_notes(recipe)]
@@ -141,18 +149,20 @@ def _families(plan: Plan, tokenizers: Mapping[str, PreTrainedTokenizerBase]) -> 
     return families
 
 
-def _read_data(plan: Plan, families: list[_Family]) -> dict[str, Read]:
+def _read_data(plan: Plan, families: list[_Family], show: Callable[[str], None]) -> dict[str, Read]:
     # the splits as the reader of each family tokenises them
     read: dict[str, Read] = {}
     for family in families:
         with about(f"models.{family.reader}" if len(families) > 1 else ""):
-            read[family.reader] = read_splits(plan.recipe, family.tokenizer, plan.tokens, family.reader)
+            read[family.reader] = read_splits(plan.recipe, family.tokenizer, plan.tokens, family.reader, show)
     if original_teacher(plan.recipe):
         check_readable(read)
     return read
 
 
-def _check_model_and_texts(plan: Plan, name: str, tokenizer: PreTrainedTokenizerBase, family: _Family, read: dict[str, Read]) -> None:
+def _check_model_and_texts(
+    plan: Plan, name: str, tokenizer: PreTrainedTokenizerBase, family: _Family, read: dict[str, Read], show: Callable[[str], None]
+) -> None:
     recipe, reader = plan.recipe, family.reader
     rows, config = _check_model(recipe, name, tokenizer)
     _check_packing(recipe, name, config)
@@ -162,7 +172,7 @@ def _check_model_and_texts(plan: Plan, name: str, tokenizer: PreTrainedTokenizer
         if not read[reader].unread:
             raise
         # a training set was not tokenised yet: only upper limits of its lengths and ids were checked
-        read[reader] = read_splits(recipe, family.tokenizer, plan.tokens, reader, all_rows=True)
+        read[reader] = read_splits(recipe, family.tokenizer, plan.tokens, reader, show, all_rows=True)
         check_texts(recipe, name, rows, config, family.tokenizer, read[reader].texts_of(name), family.shared)
 
 

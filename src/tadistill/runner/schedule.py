@@ -51,10 +51,10 @@ def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[St
     Raises:
         TadistillError: as `preflight.check_study` and `remote.announced`.
     """
-    with prepared(), console.working("checking models and data"):
+    with prepared(), console.working("checking models and data") as show:
         from tadistill.runner.preflight import check_study  # imports transformers, which a run of finished stages does not need
 
-        jobs = check_study(plan, console, stages)
+        jobs = check_study(plan, console, stages, show=show)
         asked = [*announced(plan, store, (s for s in stages if not store.finished(s.key)))]
     of_arms = [stage for stage in stages if stage.arms]
     budgets = off_budget(plan) if of_arms else ()

@@ -20,10 +20,8 @@ from tadistill.runner.local import Journal, StageProgress, described
 from tadistill.runner.processes import Message
 from tadistill.runner.timing import Estimate, workloads
 from tadistill.store import Store
-from tadistill.terminal import Terminal
+from tadistill.terminal import MINUTE, Terminal
 from tadistill.text import counted
-
-_MINUTE = 60.0
 
 
 class Screen:
@@ -154,7 +152,7 @@ class Screen:
         if self.live:
             self._measure(now)
             self.live.refresh()
-        if now - self._minute >= _MINUTE:
+        if now - self._minute >= MINUTE:
             self._minute = now
             self._measure(now)
             for line in self._lines():

@@ -72,7 +72,7 @@ def test_before_the_probes_nothing_is_said_about_stages_that_advise_does_not_run
     """It named test sets with training prompts, and the budgets of arms, but it only measures models on dev prompts."""
     found = recipe()
     probes, plan, store, asked = probe_plan(found, ladder(found), 256), make_plan(found), Store(tmp_path), []
-    monkeypatch.setattr(preflight, "check_study", lambda plan, console, stages: asked.append([s.key for s in stages]) or 1)
+    monkeypatch.setattr(preflight, "check_study", lambda plan, console, stages, show: asked.append([s.key for s in stages]) or 1)
     monkeypatch.setattr(schedule, "announced", lambda plan, store, stages: (f"{s.kind} is priced." for s in stages if s.kind == "distill"))
     monkeypatch.setattr(schedule, "seen_notes", lambda recipe: ["a test set is a training set."])
     monkeypatch.setattr(schedule, "off_budget", lambda plan: ["an arm misses its budget."])

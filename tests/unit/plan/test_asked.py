@@ -242,7 +242,7 @@ def test_a_teacher_budget_counts_the_tokens_that_are_asked():
 def test_a_search_says_what_it_costs_before_it_asks(tmp_path, monkeypatch):
     monkeypatch.setenv("A_KEY", "k")
     monkeypatch.setattr("tadistill.runner.schedule.prepared", nullcontext)
-    monkeypatch.setattr("tadistill.runner.preflight.check_study", lambda *_: 1)
+    monkeypatch.setattr("tadistill.runner.preflight.check_study", lambda *_, **__: 1)
     monkeypatch.setattr("tadistill.search.command.run_stages", Mock(side_effect=Interrupted))
     console = Terminal(file=(said := io.StringIO()))
     method = {"name": "seqkd", "sampler": {"max_new_tokens": 32}, "select": {"metric": "loss"}}

@@ -402,7 +402,7 @@ def test_a_study_is_known_while_it_is_planned(tmp_path, monkeypatch):
     recipe.write_text(RECIPE.replace("study: small", "study: early"))
     console = Terminal(file=io.StringIO())
 
-    def look(*_):
+    def look(*_, **__):
         with pytest.raises(NotPlanned, match=rf"study early has no stages yet: process {os.getpid()} on .* is planning the study"):
             find_study(str(recipe), runs)
         shown = tadistill("status", "early", "--runs", str(runs))

@@ -2,19 +2,22 @@
 
 import io
 import json
+from contextlib import nullcontext
 
 import pytest
 from tests.families import tiny_config
 from tests.unit.models.conftest import random_model, word_tokenizer
 from transformers import BloomConfig, BloomForCausalLM
 
+from tadistill import terminal
 from tadistill.config import load, validate
 from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, ModelError, TadistillError
 from tadistill.models.shapes import check_lengths, positions_of
 from tadistill.plan.arms import make_plan
-from tadistill.runner import preflight
+from tadistill.runner import preflight, schedule
 from tadistill.runner.timing import workloads
+from tadistill.store import Store
 from tadistill.terminal import Terminal
 
 
@@ -155,6 +158,26 @@ def test_a_large_training_set_is_tokenised_only_if_its_limits_exceed_the_model(t
         ConfigError, match=r"^models.s: the model has 32 positions, but the longest prompt with its reference response needs 40"
     ):
         check_inputs(recipe(load, long, short))
+
+
+@pytest.mark.parametrize(("minute", "lines"), [(60.0, []), (0.0, ["checking models and data: 4 of 4 rows of chats tokenised"])])
+def test_how_much_of_a_large_set_of_chats_is_tokenised_is_said_once_a_minute(tmp_path, monkeypatch, minute, lines):
+    """Chats are tokenised before the first stage, which takes minutes."""
+    monkeypatch.setattr(survey, "LARGE", 3)
+    monkeypatch.setattr(terminal, "MINUTE", minute)
+    monkeypatch.setattr(schedule, "prepared", nullcontext)
+    survey._known.clear()
+    chat = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]}
+    (tmp_path / "chats.jsonl").write_text(4 * f"{json.dumps(chat)}\n")
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    load = model("llama", tokenizer, max_position_embeddings=64)
+    data = recipe(load, "./chats.jsonl", rows("dev.jsonl", 2)).data.model_dump() | {"template": "chat"}
+    plan = make_plan(recipe(load, "./chats.jsonl", "./dev.jsonl", data=data))
+    schedule.check_first(plan, Store(tmp_path / "runs"), console := Terminal(file=io.StringIO(), width=200), [])
+    said = console.file.getvalue().splitlines()
+    assert said[0] == "checking models and data …"
+    assert [line for line in said if "tokenised" in line] == lines
 
 
 def test_corpus_must_fit_the_positions():
