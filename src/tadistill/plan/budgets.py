@@ -24,9 +24,9 @@ from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models.shapes import COUNTED
 from tadistill.plan.builder import StageBuilder
-from tadistill.plan.graph import Graph, behind, with_ancestors
+from tadistill.plan.graph import Graph, Stage, behind, with_ancestors
 from tadistill.plan.inputs import FromStage
-from tadistill.plan.kinds import DistillSpec, TrainingSpec
+from tadistill.plan.kinds import DistillSpec, SftSpec, TrainingSpec
 from tadistill.plan.paths import given_teachers
 from tadistill.plan.task import original_teacher
 from tadistill.text import form
@@ -177,11 +177,14 @@ class Budgets:
 
     def _of_teachers(self, names: set[str], graph: Graph, final: str | None) -> float:
         # the FLOPs of these teachers' own training, if this model depends on it
+        return math.fsum(graph.stages[key].flops or 0.0 for key in self._making(names, graph, final))
+
+    def _making(self, names: set[str], graph: Graph, final: str | None) -> set[str]:
+        # the keys of the stages of these teachers' own training, if this model depends on it
         handles = [self._apart.trained(name, self.recipe.first_seed) for name in names]
         own = {handle.stage for handle in handles if isinstance(handle, FromStage)}
         above = own & (with_ancestors(graph.stages, [final]) if final else set())
-        flops = (graph.stages[key].flops for key in with_ancestors(graph.stages, above, without="like"))
-        return math.fsum(each or 0.0 for each in flops)
+        return with_ancestors(graph.stages, above, without="like")
 
     def _unknown_cost(self, name: str, key: str) -> ConfigError | NotHere:
         if unknown := self.ledger.unknown():
@@ -196,12 +199,22 @@ class Budgets:
         )
 
     def _check_patience(self, name: str, arm: Arm, like: "PlannedArm", trial: Trial) -> None:
-        # a stage that both arms share stops at the same update in both, so only the other stages matter
-        theirs, own = behind(self.graph.stages, like.final[self.recipe.first_seed]), behind(trial.graph.stages, trial.final)
+        # a stage that both arms share stops at the same update in both, and `compute` leaves out the own training of the given teachers
+        given = given_teachers(self.recipe, arm, like.arm)
+
+        def counted(graph: Graph, final: str | None) -> dict[str, Stage]:
+            left_out = self._making(given, graph, final)
+            return {key: stage for key, stage in behind(graph.stages, final).items() if key not in left_out}
+
+        theirs, own = counted(self.graph, like.final[self.recipe.first_seed]), counted(trial.graph, trial.final)
         stages = [stage for key, stage in (theirs | own).items() if key not in theirs or key not in own]
-        early = [s.label for s in stages if isinstance(s.spec, TrainingSpec) and s.spec.select.patience]
+        early = next((s for s in stages if isinstance(s.spec, TrainingSpec) and s.spec.select.patience), None)
         if early:
+            phases = " and for each of their phases" if len(like.phases) > 1 or len(trial.trained) > 1 else ""
+            fix = f"select: {{patience: null}} for {like.name} and {name}{phases}"
+            if isinstance(early.spec, SftSpec):
+                fix = f"models.{early.model}.sft.select: {{patience: null}}"
             raise ConfigError(
-                f"arms.{name} has `compute: {arm.compute}`, but `{early[0]}` may stop early (select.patience), so its FLOPs are not known "
-                f"in advance; set select: {{patience: null}} for {like.name} and {name}"
+                f"arms.{name} has `compute: {arm.compute}`, but `{early.label}` may stop early (select.patience), so its FLOPs are not "
+                f"known in advance; set {fix}"
             )

@@ -127,6 +127,19 @@ def test_equal_compute_needs_arms_that_do_not_stop_early():
             plan(arms=arms | {name: arms[name] | {"select": every}})
 
 
+def test_equal_compute_allows_and_names_fine_tuning_that_stops_early():
+    """The fine-tuning of the original teacher is not counted. That of another model has its own key."""
+    models, every = recipe()["models"], {"every": 4, "patience": 2}
+    early = {"sft": {"optim": {"steps": 10}, "select": every}}
+    arms = {"takd": "xl > l > s", "short": {"path": "l > s", "compute": "as takd"}}
+    plan(models=models | {"xl": models["xl"] | early}, arms=arms, teacher="xl")
+    direct = {"path": "xl > s", "compute": "as takd"}
+    with pytest.raises(ConfigError, match=r"`sft l, seed 1` may stop early .*; set models.l.sft.select: \{patience: null\}$"):
+        plan(models=models | {"l": models["l"] | early}, arms=arms | {"direct": direct})
+    with pytest.raises(ConfigError, match=r"set select: \{patience: null\} for takd and direct and for each of their phases$"):
+        plan(arms=arms | {"direct": direct | {"phases": [{"select": every}, {}]}})
+
+
 @pytest.mark.parametrize(
     ("sft", "words"),
     [
