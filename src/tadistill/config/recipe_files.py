@@ -322,9 +322,8 @@ def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
         return problem
     named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
     key = max(named, key=len, default=())
-    about = {at: problem.find(f"`{load}`") for at, load in _sources(recipe) if at[: len(key)] == key}
-    splits = {at: re.search(rf"(\(split|no file) {re.escape(ref.split or str(at[1]))}\b", problem) for at, ref in data_sets(recipe)}
-    quoted = min((at for at, place in about.items() if place >= 0), key=lambda at: (about[at], not splits.get(at)), default=())  # the first
+    found = [(problem.find(text), not re.search(part, problem), at) for at, text, part in _sources(recipe) if at[: len(key)] == key]
+    *_, quoted = min((each for each in found if each[0] >= 0), key=lambda each: each[:2], default=((),))  # the first
     if key:
         return f"{where(origin.source, origin.lines, quoted or key).split(': `')[0]}: {problem}"
     return f"{where(origin.source, origin.lines, quoted)}: {problem}" if quoted else problem
@@ -337,14 +336,15 @@ def _dotted(key: tuple) -> str:
 def data_sets(recipe: Recipe) -> Iterator[tuple[tuple, DataRef]]:
     """Return pairs of the key and the data set, for all data sets of a recipe."""
     data = recipe.data
-    named: dict[tuple, DataRef | None] = {("data", "corpus"): data.corpus}
-    for role, given in (("train", data.train), ("dev", data.dev)):
-        named |= {("data", role): given} if isinstance(given, DataRef) else {("data", role, name): ref for name, ref in given.items()}
-    named |= {("data", "test", i): ref for i, ref in enumerate(data.test)}
-    return ((key, ref) for key, ref in named.items() if ref is not None)
+    for role, given in (("train", data.train), ("dev", data.dev), ("test", dict(enumerate(data.test))), ("corpus", data.corpus or {})):
+        refs = {("data", role): given} if isinstance(given, DataRef) else {("data", role, name): ref for name, ref in given.items()}
+        yield from refs.items()
 
 
-def _sources(recipe: Recipe) -> Iterator[tuple[tuple, str]]:
-    yield from ((key, ref.load) for key, ref in data_sets(recipe))
+def _sources(recipe: Recipe) -> Iterator[tuple[tuple, str, str]]:  # a key, how messages quote it, and a pattern of its part of the data
+    for at, ref in data_sets(recipe):
+        part = rf"(\(split|no file|no split) `?{re.escape(ref.split or str(at[1]))}\b|\({at[1]}\)|the {at[1]} set"
+        yield from ((at, text, part) for text in (f"`{ref.load}`", f"set `{ref.name}`", *(f"set `{name}`" for name in at[2:])))
     for name, model in recipe.models.items():
-        yield from ((("models", name, key), load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load)
+        loads = {"load": model.load, "tokenizer": model.tokenizer}
+        yield from ((("models", name, key), f"`{load}`", "$^") for key, load in loads.items() if load)

@@ -253,8 +253,8 @@ def rows_notes(read: Mapping[str, Read]) -> list[str]:
         shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
         if not shared:
             raise DataError(
-                f"no row of {name} is short enough for all of the models {', '.join(read)}, so they cannot be compared; raise "
-                "data.max_prompt"
+                f"no row of data set `{name}` ({role}) is short enough for all of the models {', '.join(read)}, so they cannot be "
+                "compared; raise data.max_prompt"
             )
         if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
             found.append(

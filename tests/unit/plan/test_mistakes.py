@@ -7,10 +7,12 @@ import torch
 
 import tadistill
 from tadistill.config import load
-from tadistill.errors import ConfigError, TadistillError
+from tadistill.config.recipe_files import placed
+from tadistill.errors import ConfigError, DataError, TadistillError
 from tadistill.objectives import Head, Hidden, fused_divergence, reverse_kl
 from tadistill.plan.arms import make_plan
 from tadistill.results.study import find_study
+from tadistill.runner.preflight import check_inputs
 from tadistill.runner.run_study import fetch_models
 from tadistill.terminal import Terminal
 
@@ -230,3 +232,36 @@ def test_the_part_of_a_data_set_that_is_wrong_is_named(folder):
     text = RECIPE.replace("train: chat.jsonl", "train: mine").replace("dev: chat.jsonl", "dev: mine")
     (problem,) = problems(folder, text)
     assert problem.startswith("my.yaml, line 11: `data.dev`: data set `mine` is the folder")
+
+
+@pytest.mark.parametrize(
+    ("problem", "place"),
+    [
+        ("no row of data set `tinyworld` (dev) has a prompt of at most 12 tokens", "12: `data.dev`"),
+        ("no row of data set `tinyworld` (test) has a prompt of at most 12 tokens", "13: `data.test.0`"),
+        ("no row of data set `own` (test) has a prompt of at most 12 tokens", "13: `data.test.1`"),
+        ("select.metric is numeric, but the dev set `tinyworld` names no column of right answers", "12: `data.dev`"),
+        ("data set `tinyworld` has no split `dev`; its splits are train, test", "12: `data.dev`"),
+        ("data set `tinyworld`, row 1: a message without a part of the data", "11: `data.train`"),
+    ],
+)
+def test_the_line_is_that_of_the_key_whose_data_a_message_is_about(folder, problem, place):
+    """Several keys have one data set, and messages have its short name."""
+    text = RECIPE.replace("[chat.jsonl]", "[tinyworld, ./data/own.jsonl]").replace("chat.jsonl", "tinyworld")
+    (folder / "my.yaml").write_text(text.replace("data:\n", "data:\n  corpus: tinyworld\n"))
+
+    def check(recipe):
+        raise DataError(problem)
+
+    with pytest.raises(DataError) as error:
+        placed(check)(load("my.yaml"))
+    assert str(error.value) == f"my.yaml, line {place}: {problem}"
+
+
+def test_a_dev_set_whose_prompts_are_too_long_is_found_by_its_line(folder):
+    text = RECIPE.replace("[chat.jsonl]", "[tinyworld]").replace("chat.jsonl", "tinyworld")
+    (folder / "my.yaml").write_text(
+        text.replace("data:\n", "data:\n  max_prompt: 12\n  template: plain\n  world: {people: 20}\n  limit: {dev: 2}\n")
+    )
+    with pytest.raises(DataError, match=r"^my.yaml, line 15: `data.dev`: no row of data set `tinyworld` .dev."):
+        placed(lambda recipe: check_inputs(make_plan(recipe)))(load("my.yaml"))

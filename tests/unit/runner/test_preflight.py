@@ -152,7 +152,7 @@ def test_models_that_keep_different_rows_are_named():
     found = data_checks.rows_notes({"a": read(0, 1, 2), "b": read(1, 2, 3)})
     assert found[-1] == "own (test): the models are compared on the 2 rows that are short enough for all of them"
     assert data_checks.rows_notes({"a": read(0, 1, 2, 3), "b": read(0, 1, 2, 3)}) == []
-    with pytest.raises(DataError, match="no row of own is short enough for all of the models a, b"):
+    with pytest.raises(DataError, match=r"no row of data set `own` .test. is short enough for all of the models a, b"):
         data_checks.rows_notes({"a": read(0), "b": read(1)})
 
 
