@@ -206,7 +206,8 @@ def sampled_tokens(recipe: Recipe, model: str) -> int:
             with about(f"arms.{name}"):
                 parts = phases_of(apply(recipe.method, recipe.models[learner].distill, arm.patch))
             for part, _ in parts:
-                taught = (*(teachers if part.dense else teachers[-1:]), learner, *(arm.last[-1:] if part.recorded_text else ()))
+                teach = (teachers if part.dense else teachers[-1:]) if part.uses_teacher else ()
+                taught = (*teach, learner, *(arm.last[-1:] if part.recorded_text else ()))
                 if isinstance(part.sampler, Decoding) and model in flat(taught):
                     most = max(most, part.sampler.max_new_tokens)
     return most

@@ -161,6 +161,7 @@ def test_sampled_answers_must_fit_the_models_of_their_distillation(path):
         ("{path: xl > l > s}", RECORDED, ["xl", "s", "l"]),
         ("{path: xl > l > s, phases: [kd, gkd]}", "{type: dataset}", ["xl", "s", "l"]),
         ("{path: xl > s}", LONG, []),
+        ("{path: xl > l, objective: {type: no_teacher}, select: {metric: reverse_kl}}", LONG, ["l"]),
     ],
 )
 def test_sampled_answers_concern_who_teaches_learns_or_writes(arm, sampler, models):

@@ -137,7 +137,7 @@ def test_a_control_that_samples_more_than_the_model_can_read_is_named_with_its_k
     with pytest.raises(ConfigError) as found:
         check_inputs(fair())
     assert str(found.value).splitlines()[0] == (
-        "models.t: the model has 32 positions, but the longest prompt (3 tokens) plus sampler.max_new_tokens (256) of the control "
+        "models.s: the model has 32 positions, but the longest prompt (3 tokens) plus sampler.max_new_tokens (256) of the control "
         "chain-no-teacher needs 259; write arms.chain-no-teacher: {control: no_teacher of chain, sampler: {max_new_tokens: 29}}"
     )
     check_inputs(fair(**{"chain-no-teacher": {"control": "no_teacher of chain", "sampler": {"max_new_tokens": 29}}}))
