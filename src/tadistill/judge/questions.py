@@ -16,7 +16,7 @@ from typing import Any
 from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_prompt
 from tadistill.errors import ConfigError, DataError
-from tadistill.results.measured import load_predictions
+from tadistill.results.measured import stream_predictions
 from tadistill.results.sample_answers import first_answers
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.store import Store
@@ -75,7 +75,7 @@ def read_answers(
         everywhere = dict.fromkeys(seed for arm in chosen for seed in arm.evaluate)
         seeds = tuple(seed for seed in everywhere if all(store.finished(arm.evaluate.get(seed, "")) for arm in chosen))
     names = tuple(arm.name for arm in chosen)
-    first = {(arm.name, seed): first_answers(load_predictions(store, arm.evaluate[seed])) for arm in chosen for seed in seeds}
+    first = {(arm.name, seed): first_answers(stream_predictions(store, arm.evaluate[seed])) for arm in chosen for seed in seeds}
     tables = {at: {(row["set"], row["index"]): row for row in rows} for at, rows in first.items()}
     return Answers(plan, names, seeds, _items(tables, names, seeds, sets, limit), unfinished)
 

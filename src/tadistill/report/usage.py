@@ -13,7 +13,7 @@ from tadistill.disk import read_json
 from tadistill.models import tokens
 from tadistill.report.plain_text import code
 from tadistill.results.collect import Results
-from tadistill.results.measured import load_predictions
+from tadistill.results.measured import stream_predictions
 from tadistill.results.study import ArmRecord
 
 Format = Literal["alpaca", "plain", "chat", "verbatim"]
@@ -54,7 +54,7 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     template = spec["data"]["template"]
     if template == "chat" or key is None:
         return template
-    row = load_predictions(results.store, key)[0]
+    row = next(stream_predictions(results.store, key))
     if "turns" in row:
         return "chat"
     prompt = row["prompt"]

@@ -11,7 +11,7 @@ arms may have different rows. Scores are therefore paired by the number of the r
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tadistill.config.method_rules import minillm_over_spans
 from tadistill.data.encoding_rules import Counts
-from tadistill.disk import damaged, read_json, read_jsonl
+from tadistill.disk import damaged, read_json, stream_jsonl
 from tadistill.errors import StoreError
 from tadistill.metrics import MEAN, metric_of
 from tadistill.models.flops_and_memory import Cost, CostPart
@@ -88,9 +88,9 @@ def _check_known(path: Path, metric: str) -> None:
         raise StoreError(f"{path}: {error}") from error
 
 
-def load_predictions(store: Store, key: str) -> list[dict[str, Any]]:
-    """Read every prediction of an evaluation, in the order of the file."""
-    return read_jsonl(store.artifact(key, "predictions.jsonl"), fix=store.redo(key))
+def stream_predictions(store: Store, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the predictions of an evaluation, in the order of the file. The file can be long, so it is read line by line."""
+    return (row for _, row in stream_jsonl(store.artifact(key, "predictions.jsonl"), fix=store.redo(key)))
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -
     if all("rows" in found for found in corpus.values()):
         return {name: np.asarray(found["rows"], dtype=np.int64) for name, found in corpus.items()}
     rows: dict[tuple[str, int], list[int]] = {}
-    for row in load_predictions(store, key):
+    for row in stream_predictions(store, key):
         rows.setdefault((row["set"], row["seed"]), []).append(row["index"])
     first: dict[str, Rows] = {}
     for (name, _), found in rows.items():

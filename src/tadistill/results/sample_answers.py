@@ -1,7 +1,7 @@
 """Collect the answers of all arms to the same prompts, the ratings by judges, and the scores of models that are no arms."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from tadistill.disk import read_json
 from tadistill.errors import StoreError
 from tadistill.metrics import metric_title, names_in
 from tadistill.results.collect import Numbers, Reader, Results, once, with_passes
-from tadistill.results.measured import Scores, load_predictions, places
+from tadistill.results.measured import Scores, places, stream_predictions
 from tadistill.results.number_text import number
 from tadistill.results.study import ArmRecord, StudyPlan
 from tadistill.results.verdict import by_importance
@@ -36,13 +36,13 @@ def samples(results: Results) -> Samples:
     """
     by_set: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in results.sets}
     chat = results.plan.recipe["data"].get("template") == "chat"
-    shared = {name: set(rows.tolist()) for name, rows in results.compared.items()}
+    wanted = {name: set(rows[:_PROMPTS].tolist()) for name, rows in results.compared.items()}  # every arm has answered these rows
     for arm in results.plan.arms:
         finished = results.scores[arm.name]
         if not finished:
             continue
-        rows = first_answers(load_predictions(results.store, arm.evaluate[arm.first_seed(finished)]))
-        for row in _first_prompts([row for row in rows if row["set"] in shared and row["index"] in shared[row["set"]]]):
+        rows = stream_predictions(results.store, arm.evaluate[arm.first_seed(finished)])
+        for row in first_answers(row for row in rows if row["index"] in wanted.get(row["set"], ())):
             kept = {name: row[name] for name in ("index", "prompt", "references")} | {"turns": _turns(row, chat), "answers": {}}
             prompt = by_set[row["set"]].setdefault(row["index"], kept)
             thinking, text = split_thought(row["prediction"], row["prompt"])
@@ -110,13 +110,6 @@ def _how_many(found: Samples) -> int:
         if size > _BYTES:
             return max(_FEWEST, count)
     return _PROMPTS
-
-
-def _first_prompts(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    chosen: list[dict[str, Any]] = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        chosen += sorted((row for row in rows if row["set"] == name), key=lambda row: row["index"])[:_PROMPTS]
-    return chosen
 
 
 def _scores(row: dict[str, Any]) -> str:
@@ -208,9 +201,13 @@ def _span(row: Mapping[str, Any], what: str) -> tuple[str, str]:
     return f"{row[what]:.2f}", "" if low is None or low == high else f"[{low:.2f}, {high:.2f}]"
 
 
-def first_answers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the predictions of each test set's lowest decoding seed."""
-    lowest: dict[str, int] = {}
+def first_answers(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the predictions of each test set's lowest decoding seed. The predictions of other seeds are not kept."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        lowest[row["set"]] = min(lowest.get(row["set"], row["seed"]), row["seed"])
-    return [row for row in rows if row["seed"] == lowest[row["set"]]]
+        kept = found.setdefault(row["set"], [])
+        if kept and row["seed"] < kept[0]["seed"]:
+            kept.clear()
+        if not kept or row["seed"] == kept[0]["seed"]:
+            kept.append(row)
+    return [row for kept in found.values() for row in kept]

@@ -14,9 +14,10 @@ from tadistill.report.figures.behaviour import curve_figures, exposure_figure
 from tadistill.report.figures.compute import cost_figure, cost_points
 from tadistill.report.figures.paths import Budget, budget_figures, budget_text, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import difference_figure, means_figure
+from tadistill.results import sample_answers
 from tadistill.results.collect import MEAN, Summary
 from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
-from tadistill.results.sample_answers import samples, shown_first
+from tadistill.results.sample_answers import first_answers, samples, shown_first
 from tadistill.statistics import undominated
 
 from .builder import SMALL, ArmSpec, StudySpec, build_study, key_of
@@ -243,3 +244,16 @@ def test_long_answers_leave_fewer_samples(tmp_path):
     )
     assert len(samples(results)["dolly"]) == 24  # 3 arms x 20.2 kB a prompt, 1.5 MB in all
     assert shown_first(results) == ["direct", "chain", "direct-long"]
+
+
+def test_only_answers_to_shown_prompts_are_kept(tmp_path, monkeypatch):
+    spec = StudySpec([ArmSpec("direct", ("xl", "s"))], seeds=(10,), sets={"dolly": 60}, decoding_seeds=2, fact_sets=(), also={})
+    results, kept = read(build_study(tmp_path, spec)), []
+    monkeypatch.setattr(sample_answers, "first_answers", lambda rows: kept.append(first_answers(rows)) or kept[-1])
+    assert [prompt["index"] for prompt in samples(results)["dolly"]] == sorted(row["index"] for row in kept[0]) == list(range(50))
+
+
+def test_the_first_answers_are_those_of_the_lowest_decoding_seed():
+    rows = [{"set": name, "seed": seed, "index": i} for name, seed in (("a", 2), ("b", 1), ("a", 1), ("b", 2), ("a", 3)) for i in (1, 0)]
+    found = [(row["set"], row["seed"], row["index"]) for row in first_answers(iter(rows))]
+    assert found == [("a", 1, 1), ("a", 1, 0), ("b", 1, 1), ("b", 1, 0)]

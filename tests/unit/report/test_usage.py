@@ -11,6 +11,7 @@ from tests.byte_models import CHATML, byte_model, byte_tokenizer, save
 from tadistill.data import tinyworld
 from tadistill.data.prompts import render
 from tadistill.data.rows import Example
+from tadistill.disk import stream_jsonl
 from tadistill.report.model_card import export
 from tadistill.report.usage import prompt_format
 from tadistill.results.collect import Results
@@ -122,3 +123,17 @@ def test_the_program_decodes_as_the_study_did(tmp_path):
     again: dict = {}
     exec(program(card), again)
     assert torch.equal(names["output"], again["output"])
+
+
+def test_one_prediction_is_enough_to_know_the_format(tmp_path, monkeypatch):
+    spec = StudySpec([ArmSpec("one", ("xl", "s"))], (10,), {"dolly": 4}, (), 1, prompt=PROMPTS["plain"], template="plain")
+    results, read = build_study(tmp_path, spec).read(), []
+
+    def counted(*given, **named):
+        for row in stream_jsonl(*given, **named):
+            read.append(row)
+            yield row
+
+    monkeypatch.setattr("tadistill.results.measured.stream_jsonl", counted)
+    assert prompt_format(results, results.arm("one"), tmp_path) == "plain"
+    assert len(read) == 1
