@@ -7,7 +7,7 @@ import torch
 
 from tadistill.config import load
 from tadistill.data.rows import Example
-from tadistill.errors import ConfigError
+from tadistill.errors import ConfigError, DataError
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import METRICS, declare, higher_is_better, metric_title, metric_unit, names_in
 from tadistill.plan.arms import make_plan
@@ -193,3 +193,14 @@ def test_a_metric_is_tried_on_every_test_set(study, tmp_path):
     code = CODE.replace("return len(prediction)", "return None if references == ['five'] else 1")
     with pytest.raises(ConfigError, match=r"metrics\.1: metric .* references \['five'\], returned None; return a number"):
         _try_own_code(study(code, "data.test=[tinyworld, numbers.jsonl]"))
+
+
+def test_two_rows_of_a_test_set_are_enough_to_try_a_metric(study, tmp_path):
+    row = '{"instruction": "2 + 3", "output": "5"}\n'
+    (tmp_path / "numbers.jsonl").write_text(2 * row + "{}\n")  # other checks find the damaged row
+    _try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
+    (tmp_path / "numbers.jsonl").write_text("{}\n" + row)
+    with pytest.raises(DataError, match="numbers"):
+        _try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
+    (tmp_path / "numbers.jsonl").write_text(row)
+    _try_own_code(study(CODE, "data.test=[numbers.jsonl]"))

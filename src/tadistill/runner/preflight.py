@@ -2,17 +2,19 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from tadistill.config import Recipe
+from tadistill.config import Data, DataRef, Recipe
 from tadistill.config.machine import vllm_folder
 from tadistill.config.objective import Custom, TopKForwardKL, TopKReverseKL
 from tadistill.config.recipe import methods
-from tadistill.data import datasets, survey
+from tadistill.data import survey
+from tadistill.data.datasets import SplitRows
+from tadistill.data.rows import Example
 from tadistill.errors import ConfigError, Gathering, ModelError, about
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import MEAN
@@ -251,7 +253,7 @@ def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None
 def _try_own_code(recipe: Recipe) -> None:
     if recipe.metrics and not recipe.data.test:
         raise ConfigError("`metrics` need a test set, but data.test names none; name one, or remove `metrics`")
-    rows = {ref.name: datasets.load(ref, "test", recipe.data) for ref in recipe.data.test} if recipe.metrics else {}
+    rows = {ref.name: _first_two(ref, recipe.data) for ref in recipe.data.test} if recipe.metrics else {}
     for i, metric in enumerate(recipe.metrics):
         with about(f"metrics.{i}"):
             own, (low, high) = {metric.name: load_function(metric.function, recipe.runtime.code)}, metric.row.bounds
@@ -267,6 +269,11 @@ def _try_own_code(recipe: Recipe) -> None:
         if isinstance(method.objective, Custom):
             with about("objective.function"):
                 _try_objective(method.objective, recipe.runtime.code)
+
+
+def _first_two(ref: DataRef, data: Data) -> list[Example]:
+    rows = SplitRows.of(ref, "test", data)
+    return replace(rows, limit=min(rows.limit or 2, 2)).read()
 
 
 def _try_objective(objective: Custom, folder: str | None) -> None:

@@ -191,8 +191,7 @@ class _Run:
         scores = main or any(map(sharding.sharded, self.step.models.here))  # sharded models need all processes
         with self.accelerator.autocast():
             fresh = self.sampler.samples(done) and not self.sampler.mixes and not self.student.training
-            found = [batch.to(self.accelerator.device) for batch in batches]
-            watched = watch(self.step, found, fresh=fresh, scores=scores, gather=partial(_rows, self.accelerator))
+            watched = watch(self.step, batches, fresh=fresh, scores=scores, gather=partial(_rows, self.accelerator))
         if not (main and watched):
             return {}
         apart = watched.pop("apart", None)

@@ -193,7 +193,6 @@ def watch(
     step: Step, batches: list[Batch], *, fresh: bool = False, scores: bool = True, gather: Callable[[Tensor], Tensor] = lambda own: own
 ) -> dict[str, float]:
     """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
-
     If all text is `fresh`, sampled from the present student, `apart` is the `difference` of log q between sampling and training.
     p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
     the distribution from which the text was sampled. `gather` joins the rows (1, N) of all processes to (processes, N).
@@ -214,8 +213,9 @@ def watch(
 
     If the tokenizers differ, reverse_kl and reward are means over spans without the teacher's unknown token; its tokens have no values.
     """
-    if "student" not in batches[0].values:
+    if "student" not in batches[0].values:  # then nothing is moved to the device: recorded targets can be large
         return {}
+    batches = [batch.to(step.models.student_model.device) for batch in batches]
     found = (_of_first_rows(step, batches[0].first(WATCHED_ROWS), fresh) if scores else {}) | _of_text(step, batches, gather)
     return {name if name == "apart" else f"rollout/{name}": value for name, value in found.items()}
 

@@ -1,5 +1,8 @@
 """Watching: metrics against direct computation, and alarms that come once."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,8 @@ from tests.conftest import response_logits, tiny_model
 from tadistill.config.method import Method
 from tadistill.config.objective import MiniLLM, ReverseKL
 from tadistill.config.sampling import TeacherMixedSampler
-from tadistill.data.batch import Sequence, collate
+from tadistill.data.batch import Batch, Sequence, collate
+from tadistill.train.loop import _Run
 from tadistill.train.monitoring import Alarms, watch
 from tadistill.train.step import make_step
 
@@ -79,9 +83,19 @@ def test_the_clipped_ratio_is_that_of_the_objective():
         assert watch(step, [batch])["rollout/clip_fraction"] == expected
 
 
-def test_text_that_is_not_the_students_is_not_watched():
+def test_text_that_is_not_the_students_is_not_watched_and_stays_where_it_is(monkeypatch):
     step = make_step(Method(objective=ReverseKL()), tiny_model("llama"), (tiny_model("llama", seed=5),), 31)
-    assert watch(step, [collate([Sequence(p, r) for p, r in ROWS], pad=0)]) == {}
+    batch, moved = collate([Sequence(p, r) for p, r in ROWS], pad=0), []
+    monkeypatch.setattr(Batch, "to", lambda self, device: moved.append(device) or self)
+    run = SimpleNamespace(
+        accelerator=SimpleNamespace(is_main_process=True, autocast=nullcontext, device=torch.device("cpu")),
+        sampler=SimpleNamespace(samples=lambda done: False),
+        step=step,
+    )
+    assert watch(step, [batch]) == _Run.watch(run, [batch], 0) == {}
+    assert not moved
+    watch(step, [sampled({"student": -2.0, "behaviour": -2.0})])
+    assert moved == [torch.device("cpu")]
 
 
 def test_only_the_teachers_scores_are_enough_for_the_reverse_kl():
