@@ -266,7 +266,8 @@ def keep_freed_memory() -> None:
 
     By default, glibc gives large blocks back to the system, and asks for new ones in each update. This costs 3 to 5 % of the time of a
     small student's update. With this function, blocks of many sizes stay in the heap, so the process grows until `give_back_freed_memory`
-    is called.
+    is called. It is only for training: small results that are kept between the large logits of a recording split the heap's free blocks,
+    and the process grew to 8 GB, of which it needed 0.3 GB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

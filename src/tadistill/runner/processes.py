@@ -257,7 +257,7 @@ def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connectio
     os.environ.update(environment)
     code = 0
     try:
-        _prepare_torch(task.resources.processes, threads)
+        _prepare_torch(task, threads)
         from tadistill.stages.execute import run_stage  # imports torch
 
         run_stage(
@@ -280,12 +280,14 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)  # at once: torch's own exit may wait for other ranks, and sometimes aborts if they are gone
 
 
-def _prepare_torch(world: int, threads: int) -> None:
+def _prepare_torch(task: Task, threads: int) -> None:
     import torch
 
+    world = task.resources.processes
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
-        keep_freed_memory()
+        if task.spec.steps:  # a training
+            keep_freed_memory()
     elif torch.cuda.device_count() < world:
         gpus = torch.cuda.device_count()
         raise ConfigError(f"resources.processes is {world}, but this machine has {counted(gpus, 'GPU')}; set it to at most {gpus}")

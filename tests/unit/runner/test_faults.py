@@ -21,6 +21,7 @@ from tadistill.errors import Interrupted, StageFailed, StoreError
 from tadistill.metrics import training_numbers
 from tadistill.plan.arms import make_plan
 from tadistill.plan.task import Task, make_task
+from tadistill.runner import processes
 from tadistill.stages.execute import _choose_allocator, run_stage
 from tadistill.store import Store
 
@@ -343,3 +344,14 @@ def test_a_gpus_allocator_has_segments_that_grow_unless_the_user_chose_another(m
         del os.environ["PYTORCH_ALLOC_CONF"]
         _choose_allocator()
         assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("sft", [1]), ("evaluate", [])])
+def test_only_processes_that_train_keep_freed_memory(monkeypatch, kind, kept):
+    """A recording with 152,064 tokens grew to 8 GB: its small results lay between its freed logits."""
+    plan, found = make_plan(parse(RECIPE, [], source="small.yaml")), []
+    task = make_task(plan, next(stage for stage in plan.stages.values() if stage.kind == kind), Store(Path("runs/store")))
+    monkeypatch.setattr(processes, "keep_freed_memory", lambda: found.append(1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    processes._prepare_torch(task, torch.get_num_threads())
+    assert found == kept
