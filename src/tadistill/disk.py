@@ -263,7 +263,8 @@ def _delete_leftovers(target: Path, prefix: str) -> None:
 
 
 def _appeared(folder: Path) -> StoreError:
-    return StoreError(f"{folder} is filled by another process, so nothing is written there; give the name of a new directory")
+    killed = f", or a killed process has left {_LOCK} in it" if (folder / _LOCK).exists() else ""
+    return StoreError(f"{folder} is filled by another process{killed}, so nothing is written there; give the name of a new directory")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from tadistill.text import counted, form, listed
 EQUAL = 0.05
 """Two costs are treated as equal if their relative difference is at most this number."""
 SHOWN = 3
-"""Largest number of chains, and of settings, that a sentence about unused chains names."""
+"""Largest number of studies that notes about unused chains name, and of chains and settings in a note."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
 
 
 def unused(observations: Sequence[Observation]) -> list[str]:
-    """Return a sentence for each study with chains that have no twin: which chains these are, and what no direct run has."""
+    """Return a sentence for each of the first studies with chains that have no twin: which chains these are, and what no direct run has."""
     directs, found = _directs(observations), dict[str, dict[str, str]]()
     used = {_chain(o) for o in observations if _twin(o, directs)}
     costs: dict[tuple[str, tuple[str, ...]], set[float]] = {}
@@ -77,7 +77,9 @@ def unused(observations: Sequence[Observation]) -> list[str]:
             several = len(costs[o.study, o.path]) > 1
             name = path_text(o.path) + (f" with {o.cost:.3g} times the compute of direct distillation" if several else "")
             found.setdefault(o.study, {}).setdefault(name, _lacks(o, directs))
-    return [_sentence(study, chains) for study, chains in found.items()]
+    said = [_sentence(study, chains) for study, chains in [*found.items()][:SHOWN]]
+    more = counted(len(found) - SHOWN, "other study has", "other studies have")
+    return [*said, *([f"{more} chains that are not used for such reasons."] if len(found) > SHOWN else [])]
 
 
 def _chain(o: Observation) -> tuple[Any, ...]:

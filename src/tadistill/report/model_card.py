@@ -45,8 +45,10 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
         StoreError: the training is not finished, or a file cannot be copied.
     """
     source, chosen = trained_model(results.plan, results.store, arm, seed)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is not an empty directory; give the name of a new directory")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is not a directory; give the name of a new directory")
+    if first := next(target.glob("*"), None):
+        raise ConfigError(f"{target} is not an empty directory (it has {first.name}); give the name of a new directory")
     card = model_card(results, arm, chosen, source, name or str(target))
     try:
         with filling(target) as folder:

@@ -220,6 +220,14 @@ def test_a_chain_that_is_not_used_is_named_beside_one_of_the_same_path(tmp_path)
     assert len(pair_up(found)) == 1
 
 
+def test_many_studies_that_are_not_used_are_counted(tmp_path):
+    for i in range(5):
+        write(tmp_path, f"s{i}", [ARMS[1], ARMS[2]], unfinished={("direct", 1), ("direct", 2)}, lr=0.01 + i)
+    first, *_, last = said = unused(history(tmp_path).observations)
+    assert first.startswith("Study s0: xl > l > s is not used")
+    assert (len(said), last) == (4, "2 other studies have chains that are not used for such reasons.")
+
+
 def test_many_chains_that_are_not_used_are_counted(tmp_path, monkeypatch):
     """40 of them gave a sentence of 2,673 characters."""
     for i in range(40):

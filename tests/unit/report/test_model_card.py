@@ -189,12 +189,13 @@ def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):
 def test_what_cannot_be_exported(study, tmp_path):
     full = tmp_path / "full"
     full.mkdir()
-    (full / "file").touch()
+    (full / ".file").touch()  # `ls` does not show it
     cases = [
         (("nobody", None, tmp_path / "out"), "no arm `nobody`; its arms are direct, chain, direct-long$"),
         (("xl", None, tmp_path / "out"), "direct-long; to export model xl itself, add the arm `xl: xl` to the recipe"),
         (("chain", 99, tmp_path / "out"), "arm chain has no seed 99; its seeds are 10, 20"),
-        (("chain", 10, full), "is not an empty directory"),
+        (("chain", 10, full), r"full is not an empty directory \(it has .file\)"),
+        (("chain", 10, full / ".file"), r"full/.file is not a directory"),
     ]
     for arguments, message in cases:
         with pytest.raises(ConfigError, match=message):
