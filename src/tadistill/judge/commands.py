@@ -139,8 +139,8 @@ def _conclude(console: Terminal, verdicts: Verdicts, plan: RequestEstimate) -> N
         )
     if verdicts.unasked:
         console.say(
-            f"{counted(len(verdicts.unasked), 'question was', 'questions were')} not asked, because the endpoint refused too many prompts "
-            "of a test set in a row; correct its limits, then run the same command to ask the missing questions again"
+            f"{counted(len(verdicts.unasked), 'question was', 'questions were')} not asked, because the endpoint refused too many "
+            "questions of a test set in a row; correct its limits, then run the same command to ask the missing questions again"
         )
 
 

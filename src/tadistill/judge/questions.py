@@ -10,8 +10,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tadistill.config.evaluate import REFERENCE
 from tadistill.data.prompts import split_prompt
@@ -21,6 +22,7 @@ from tadistill.results.sample_answers import first_answers
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.store import Store
 
+T = TypeVar("T")
 Prompt = tuple[str, int]  # a test set, and an index in it
 
 
@@ -199,12 +201,32 @@ def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> 
     return questions
 
 
-def in_random_order(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
-    """Return the prompts of each set in a random order, which is the same on every run and does not depend on the other prompts."""
-    rows = defaultdict[str, list[Prompt]](list)
-    for prompt in sorted(prompts, key=lambda prompt: hashlib.sha256(repr(prompt).encode()).digest()):
-        rows[prompt[0]].append(prompt)
-    return rows
+def in_order_of_asking(prompts: Mapping[str, Prompt], *, together: int) -> dict[str, list[str]]:
+    """Return the questions of each test set in the order in which they are asked, which is the same on every run.
+
+    The order of a set's prompts is random. So is the order of a prompt's questions, so arms, training seeds and orders mix. The prompts
+    are asked in groups of `together` or more: first one question about each prompt of the group, then the others. Prompts have different
+    numbers of questions, because arms with the same answer share one. Each prompt's questions are therefore spread evenly over its group.
+
+    Args:
+        prompts: maps the text of each question to its prompt.
+    """
+    texts, sets = defaultdict[Prompt, list[str]](list), defaultdict[str, list[list[str]]](list)
+    for text in _at_random(prompts):
+        texts[prompts[text]].append(text)
+    for prompt in _at_random(texts):
+        sets[prompt[0]].append(texts[prompt])
+    order = defaultdict[str, list[str]](list)
+    for name, of_set in sets.items():
+        groups = max(len(of_set) // together, 1)
+        for group in (of_set[i::groups] for i in range(groups)):
+            placed = [(i / len(of_prompt), text) for of_prompt in group for i, text in enumerate(of_prompt)]
+            order[name] += [text for _, text in sorted(placed, key=itemgetter(0))]
+    return order
+
+
+def _at_random(items: Iterable[T]) -> list[T]:
+    return sorted(items, key=lambda item: hashlib.sha256(repr(item).encode()).digest())
 
 
 def write_question(instruction: str, given: str, left: str, right: str) -> str:

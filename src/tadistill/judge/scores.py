@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import threading
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile, zip_longest
@@ -24,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from tadistill.config.evaluate import REFERENCE, Judge
 from tadistill.disk import write_json
 from tadistill.errors import JudgeFailed
-from tadistill.judge.questions import Answers, Prompt, Question, in_random_order, parse_scores, wordings
+from tadistill.judge.questions import Answers, Prompt, Question, in_order_of_asking, parse_scores, wordings
 from tadistill.models.chat_api import Refused, Reply, Unavailable, complete, estimated_tokens
 from tadistill.models.chat_api_replies import Cache, in_threads
 from tadistill.results.collect import MEAN
@@ -35,10 +34,13 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-# Nothing more is asked if the endpoint has never answered and refuses so many questions, about different prompts of all sets. No more of a
-# test set is asked if it refuses all questions about so many of its prompts in a row. The order is random, because a filter or a limit can
-# refuse all prompts of one place. If it refuses four fifths of a set, 50 prompts in a row are refused with a probability of 0.00001.
+# Nothing more is asked if the endpoint has never answered and refuses so many questions, which are about prompts of all sets. The order is
+# random, because a filter or a limit can refuse all prompts of one place. If it refuses four fifths of the prompts, the first 50 are all
+# refused with a probability of 0.00001.
 _REFUSALS = 50
+# No more of a test set is asked if so many of its questions in a row are refused. In general they are about 50 prompts or all.
+# If the answers of 11 of 12 arms are too long, 200 questions in a row are refused with a probability of 0.00000003.
+_REFUSALS_IN_A_ROW = 200
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
 Scores = tuple[float, float]
@@ -81,7 +83,7 @@ class Verdicts:
     refused: dict[str, str] = field(default_factory=dict)
     """Maps the text of a question to the reason why the endpoint refused it."""
     unasked: set[str] = field(default_factory=set)
-    """The texts of the questions that were not asked, because the endpoint refused too many prompts in a row."""
+    """The texts of the questions that were not asked, because the endpoint refused too many in a row."""
 
 
 def question_key(settings: Judge, text: str) -> str:
@@ -126,10 +128,10 @@ def ask_all(
     """
     prompts = {question.text: (question.set, question.index) for question in questions}
     run = _Run(settings, cache, ask, tick, prompts)
-    first = [] if run.answered else run.probes()
-    run.settle_all(first)
+    first = 0 if run.answered else _REFUSALS
+    run.settle_all(run.order[:first])
     if run.answered and not run.failure:
-        run.settle_all([text for prompt in run.order for text in run.texts[prompt] if text not in first])
+        run.settle_all(run.order[first:])
     if run.verdicts.refused and not run.answered:
         run.fail(f"it has refused all questions so far, because {next(iter(run.verdicts.refused.values()))}")
     if run.failure:
@@ -150,23 +152,15 @@ class _Run:
         """`prompts` maps the text of each question to its prompt."""
         self.settings, self.cache, self.ask, self.tick, self.prompts = settings, cache, ask, tick, prompts
         self.stop, self.lock, self.verdicts, self.failure = threading.Event(), threading.Lock(), Verdicts(), ""
-        self.texts = defaultdict[Prompt, list[str]](list)
-        for text, prompt in prompts.items():
-            self.texts[prompt].append(text)
-        self.rows = in_random_order(self.texts)
-        self.order = [prompt for each in zip_longest(*self.rows.values()) for prompt in each if prompt]
+        self.rows = in_order_of_asking(prompts, together=_REFUSALS)
+        self.places = {text: place for row in self.rows.values() for place, text in enumerate(row)}
+        self.order = [text for each in zip_longest(*self.rows.values()) for text in each if text is not None]
         self.answered = any(cache.get(question_key(settings, text)) for text in prompts)
         """True after an answer of the endpoint, in this run or an earlier one."""
-        self.refusals, self.refused = Counter[Prompt](), set[Prompt]()
-        """The number of refused questions about each prompt, and the prompts of which all questions are refused."""
+        self.refused = set[str]()
+        """The questions that the endpoint refused. If it only refused a reminder, it answered the question."""
         self.closed = set[str]()
         """The test sets of which no more questions are asked."""
-
-    def probes(self) -> list[str]:
-        # about different prompts, as far as possible; arms, training seeds and orders alternate
-        rounds = range(max(map(len, self.texts.values()), default=0))
-        texts = [(self.texts[prompt], i) for i, prompt in enumerate(self.order)]
-        return list(dict.fromkeys(of[(i + turn) % len(of)] for turn in rounds for of, i in texts))[:_REFUSALS]
 
     def settle_all(self, texts: Sequence[str]) -> None:
         self.stop = threading.Event()
@@ -204,21 +198,21 @@ class _Run:
             with self.lock:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
-                self._count(self.prompts[text])
+                if asked == text:
+                    self._count(text)
             return None
         except Unavailable as error:
             self.fail(str(error))
             raise
 
-    def _count(self, prompt: Prompt) -> None:
-        self.refusals[prompt] += 1
-        if self.refusals[prompt] == len(self.texts[prompt]):
-            self.refused.add(prompt)
+    def _count(self, text: str) -> None:
+        self.refused.add(text)
+        name = self.prompts[text][0]
         # in a row in the order of asking, not of the replies: a refusal can take milliseconds, and an answer seconds
-        place = (row := self.rows[prompt[0]]).index(prompt)
-        before, after = (takewhile(self.refused.__contains__, side) for side in (row[place::-1], row[place + 1 :]))
-        if len([*before, *after]) >= _REFUSALS:
-            self.closed.add(prompt[0])
+        row, place = self.rows[name], self.places[text]
+        sides = (range(place, -1, -1), range(place + 1, len(row)))
+        if sum(1 for side in sides for _ in takewhile(lambda i: row[i] in self.refused, side)) >= _REFUSALS_IN_A_ROW:
+            self.closed.add(name)
 
     def fail(self, reason: str) -> None:
         with self.lock:

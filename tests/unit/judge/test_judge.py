@@ -250,20 +250,20 @@ class Memory(dict):
     put = dict.__setitem__
 
 
-def ask_about(sizes, refused, *, jobs=1, memory=None, questions=2, seconds=0.0):
+def ask_about(sizes, refused, *, jobs=1, memory=None, questions=2, seconds=0.0, reply="8 5"):
     """Ask about sets of prompts, and return the verdicts, what was sent, and the number of complete prompts.
 
-    `refused(set, index, question)` says which questions are refused.
+    `refused(set, index, question)` says which questions are refused. All reminders are refused.
     """
     sent = []
 
     def answer(text: str) -> Reply:
         sent.append(text)
-        name, index, number = text.split()
-        if refused(name, int(index), int(number)):
+        name, index, number, *reminder = text.split()
+        if reminder or refused(name, int(index), int(number)):
             raise Refused("it answers 400 (content_filter)")
         time.sleep(seconds)
-        return Reply("8 5", 1, 1)
+        return Reply(reply, 1, 1)
 
     asked = [
         Question(name, i, 0, "a", "b", f"{name} {i} {n}") for name, size in sizes.items() for i in range(size) for n in range(questions)
@@ -302,11 +302,26 @@ def test_a_small_set_is_among_the_first_questions():
     assert {text.split()[0] for text in found.unasked} == {"large"}
 
 
-@pytest.mark.parametrize("prompts", [1, 100])
-def test_an_arm_whose_answers_are_refused_does_not_stop_the_others(prompts):
-    found, sent, _ = ask_about({"dolly": prompts}, lambda name, index, number: number < 2, questions=4)
-    assert (len(found.scores), len(found.refused)) == (2 * prompts, 2 * prompts)
-    assert len(sent) == len(set(sent)) == 4 * prompts
+@pytest.mark.parametrize(("prompts", "arms"), [(1, 2), (100, 2), (120, 12)])
+def test_arms_whose_answers_are_refused_do_not_stop_the_last_one(prompts, arms):
+    refused = 2 * (arms - 1)
+    found, sent, _ = ask_about({"dolly": prompts}, lambda name, index, number: number < refused, questions=2 * arms)
+    assert (len(found.scores), len(found.refused)) == (2 * prompts, refused * prompts)
+    assert len(sent) == len(set(sent)) == 2 * arms * prompts
+
+
+def test_the_first_questions_about_each_set_are_about_several_arms():
+    """With four sets and four questions about each prompt, the first questions about a set had the same arm and order."""
+    sent = []
+    with pytest.raises(JudgeFailed, match="it has refused all questions so far"):
+        ask_about(dict.fromkeys("abcd", 50), lambda name, index, number: sent.append((name, number)) or True, questions=4)
+    assert set(sent) == {(name, number) for name in "abcd" for number in range(4)}
+
+
+def test_refused_reminders_do_not_close_a_set():
+    """The endpoint answers each question, but without scores, and refuses the longer text."""
+    found, _, _ = ask_about({"dolly": 300}, lambda name, index, number: False, reply="Both are lovely.")
+    assert (len(found.refused), found.unasked) == (600, set())
 
 
 def test_an_interrupted_run_behind_many_filtered_prompts_asks_the_others():
@@ -346,11 +361,31 @@ def test_an_endpoint_that_refuses_everything_is_asked_few_questions(prompts, req
     assert (len(sent), len(set(sent))) == (requests, min(prompts, requests))
 
 
+def test_the_number_of_arms_does_not_change_how_often_an_endpoint_that_refuses_everything_is_asked():
+    """It was asked all questions about 50 prompts of a set, and all questions about smaller sets."""
+    settings = Judge(model="j", base_url="http://j")
+    memory = Memory({question_key(settings, "a 0 0"): Reply("8 5", 1, 1)})
+    _, sent, _ = ask_about({"a": 100, "b": 20}, lambda name, index, number: True, memory=memory, questions=24)
+    assert len(sent) <= 2 * 200 + 20
+
+
+def test_an_endpoint_that_begins_to_refuse_everything_leaves_complete_prompts():
+    left = 8 * 80
+
+    def refused(name, index, number):
+        nonlocal left
+        left -= 1
+        return left < 0
+
+    found, _, complete = ask_about({"dolly": 150}, refused, questions=8)
+    assert (complete, len(found.refused)) == (50, 200)
+
+
 def test_an_endpoint_that_begins_to_refuse_everything_is_asked_no_more():
     settings = Judge(model="j", base_url="http://j")
     memory = Memory({question_key(settings, f"{name} {i} 0"): Reply("8 5", 1, 1) for name, i in (("a", 0), ("a", 1), ("b", 0))})
     found, sent, _ = ask_about({"a": 900, "b": 900}, lambda name, index, number: True, memory=memory)
-    assert len(sent) <= 2 * (3 * 2 * 50)
+    assert len(sent) <= 2 * (200 + 3)
     assert (len(found.scores), len(found.refused) + len(found.unasked)) == (3, 3600 - 3)
 
 
@@ -364,8 +399,8 @@ def test_a_set_that_the_endpoint_refuses_keeps_no_summary_from_being_written(jud
 
 
 def test_sets_beside_one_that_is_refused_are_asked():
-    found, _, complete = ask_about(dict.fromkeys(("short", "long", "last"), 70), lambda name, index, number: name == "long")
-    assert (complete, len(found.refused), len(found.unasked)) == (140, 100, 40)
+    found, _, complete = ask_about(dict.fromkeys(("short", "long", "last"), 140), lambda name, index, number: name == "long")
+    assert (complete, len(found.refused), len(found.unasked)) == (280, 200, 80)
 
 
 @pytest.mark.parametrize(
@@ -388,9 +423,10 @@ def test_too_few_scores_for_a_summary_are_a_failure(judged, second, said):
 
 def test_questions_that_were_not_asked_are_counted(judged, monkeypatch):
     monkeypatch.setattr("tadistill.judge.scores._REFUSALS", 2)
-    with serve(lambda number, text: honest(number, text) if number in (0, 2, 3, 4) else error(400, "filtered")) as fake:
-        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 12  # the first prompt is answered
-    text = "4 questions were not asked, because the endpoint refused too many prompts of a test set in a row"
+    monkeypatch.setattr("tadistill.judge.scores._REFUSALS_IN_A_ROW", 4)
+    with serve(lambda number, text: honest(number, text) if number < 8 else error(400, "filtered")) as fake:
+        assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 8  # the first two prompts are answered
+    text = "4 questions were not asked, because the endpoint refused too many questions of a test set in a row"
     assert text in " ".join(judged.said.split())
 
 

@@ -8,7 +8,7 @@ from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 from tadistill.data.datasets import Example
 from tadistill.data.prompts import render, split_prompt, task_of
 from tadistill.errors import ConfigError
-from tadistill.judge.questions import make_questions, parse_scores, read_answers, wordings, write_question
+from tadistill.judge.questions import in_order_of_asking, make_questions, parse_scores, read_answers, wordings, write_question
 from tadistill.store import Store
 
 from .conftest import predictions
@@ -146,3 +146,12 @@ def test_wrong_questions(study, options, message):
     answers = read_answers(study.study_dir, Store(study.store_dir))
     with pytest.raises(ConfigError, match=message):
         make_questions(answers, **options)
+
+
+def test_questions_in_a_row_are_about_many_prompts():
+    """Half of the prompts have fewer questions, because arms gave the same answers."""
+    prompts = {f"{i} {n}": ("dolly", i) for i in range(130) for n in range(24 if i % 2 else 8)}
+    row = in_order_of_asking(prompts, together=50)["dolly"]
+    assert sorted(row) == sorted(prompts)
+    assert min(len({prompts[text] for text in row[i : i + 200]}) for i in range(len(row) - 200)) >= 50
+    assert len({prompts[text] for text in row[:50]}) == 50
