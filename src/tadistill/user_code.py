@@ -6,17 +6,22 @@ function.check("a metric is called with", "prediction", "references")
 MODULE is a file in the given folder (`mymodule.py`; `package.module` is `package/module.py`), or an installed module. A stage's key depends
 on a hash of the file, so the stage runs again if the file has changed. Commands that only read results never import the code.
 
-Studies of one process can have files of the same name: a function is looked for in the folder of its own study, and in no other study's.
+Studies of one process can have files of the same name, because the next study takes the folder of the last one off Python's path and
+forgets its modules. What the user has imported, or has put on the path (the folder of a script, for example), stays and comes first: a
+study is refused if its function, or an import in the function's file, would get such a file in place of its own.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +29,9 @@ from typing import Any
 from tadistill.errors import ConfigError, did_you_mean
 
 _DIGEST = "__tadistill_source__"  # attribute of an imported module: the digest of its source file at the time of the import
-_FOLDERS: list[str] = []  # the folder that `_enter` has added to sys.path: that of the last study
+_ADDED: dict[str, set[str]] = {}  # the folder that `_enter` has added to sys.path, and the names of the modules that were imported before
+_LOCK = threading.RLock()  # of sys.path, because threads may plan studies
+_RENAME = "rename the file; if the other one belongs to another study, you can also run this study in a Python process of its own"
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class OwnFunction:
 
 
 def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
-    """Import a metric or objective of the user.
+    """Import a metric or objective of the user. If the function itself imports modules, call it before you load one of another study.
 
     Args:
         name: MODULE:FUNCTION.
@@ -69,10 +76,14 @@ def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
         ConfigError: there is no such module or function, or the import fails.
     """
     where, (module_name, _, attribute) = Path(folder or ".").resolve(), name.partition(":")
-    _enter(where)
-    file = _file(name, module_name, where)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    module = _imported(name, module_name, file, digest)
+    with _LOCK:
+        _enter(where)
+        file = _file(name, module_name, where)
+        source = file.read_bytes()
+        digest = hashlib.sha256(source).hexdigest()
+        if file in _places(module_name, where):
+            _check_imports(name, file, source, where)
+        module = _imported(name, module_name, file, digest)
     found = getattr(module, attribute, None)
     if not callable(found):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -82,18 +93,31 @@ def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
     return OwnFunction(name, file, digest, found)
 
 
+def path_without_studies() -> list[str]:
+    """Return Python's path as the user has it, without the folder that `load_function` has added."""
+    with _LOCK:
+        return [path for path in sys.path if path not in _ADDED]
+
+
 def _enter(folder: Path) -> None:
     # imports look into the folder of this study, but no more into that of another study, and forget its modules
-    for other in [path for path in _FOLDERS if path != str(folder)]:
-        _FOLDERS.remove(other)
-        sys.path[:] = [path for path in sys.path if path != other]
+    for other in [path for path in _ADDED if path != str(folder)]:
+        sys.path[:] = path_without_studies()
+        before = _ADDED.pop(other)
         for name, module in [*sys.modules.items()]:
-            own = module.__dict__.get("__file__") if isinstance(module, ModuleType) else None
-            if own is not None and Path(own) in _places(name, Path(other)):
+            if name not in before and _is_in(Path(other), name, module):
                 del sys.modules[name]
     if str(folder) not in sys.path:
+        _ADDED.setdefault(str(folder), {*sys.modules})
         sys.path.append(str(folder))  # at the end, so that no file here replaces an installed module
-        _FOLDERS.append(str(folder))
+    importlib.invalidate_caches()  # files can be new
+
+
+def _is_in(folder: Path, name: str, module: ModuleType) -> bool:
+    found = module.__dict__ if isinstance(module, ModuleType) else {}
+    if file := found.get("__file__"):
+        return Path(file) in _places(name, folder)
+    return str(folder.joinpath(*name.split("."))) in [*found.get("__path__", ())]  # a package without __init__.py
 
 
 def _places(module: str, folder: Path) -> tuple[Path, Path]:
@@ -106,11 +130,7 @@ def _file(name: str, module: str, folder: Path) -> Path:
     for path in places:
         if path.is_file():
             return path
-    try:
-        spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError, AttributeError):
-        spec = None
-    if spec is None:
+    if (spec := _spec(module)) is None:
         files = (path.stem for path in folder.glob("*.py"))
         hint = did_you_mean(module, files, "write the function into this file, or install its package")
         raise ConfigError(f"`{name}` was not found: there is no file {places[0]}, and no module {module} is installed; {hint}")
@@ -119,11 +139,19 @@ def _file(name: str, module: str, folder: Path) -> Path:
     return Path(spec.origin)
 
 
+def _spec(module: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):
+        return None
+
+
 def _imported(name: str, module: str, file: Path, digest: str) -> ModuleType:
     if getattr(sys.modules.get(module), _DIGEST, digest) != digest:
-        del sys.modules[module]  # a reload would keep functions that are no longer in the file
+        # a reload would keep functions that are no longer in the file; modules inside a package are bound to it as they are imported
+        for old in [old for old in [*sys.modules] if f"{old}.".startswith(f"{module}.")]:
+            del sys.modules[old]
     try:
-        importlib.invalidate_caches()
         loaded = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(
@@ -131,11 +159,30 @@ def _imported(name: str, module: str, file: Path, digest: str) -> ModuleType:
         ) from error
     if (own := getattr(loaded, "__file__", None)) is None or Path(own).resolve() != file.resolve():
         raise ConfigError(
-            f"`{name}` cannot be imported: {file} has the same name as a module of Python or of a package ({own or module}); rename the "
-            "file"
+            f"`{name}` cannot be imported: {file} has the same name as {own or f'the module {module} of Python'}, which this process "
+            f"imports in its place; {_RENAME}"
         )
     setattr(loaded, _DIGEST, digest)
     return loaded
+
+
+def _check_imports(name: str, file: Path, source: bytes, folder: Path) -> None:
+    # a file of another folder must not run in place of one beside `file`; installed modules come first, as everywhere in Python
+    try:
+        nodes = [*ast.walk(ast.parse(source))]
+    except (SyntaxError, ValueError):  # the import says where it is
+        return
+    used = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    for module in sorted({each.partition(".")[0] for each in used} - sys.stdlib_module_names):
+        places, spec = _places(module, folder), _spec(module)
+        beside = next((path for path in places if path.is_file()), None)
+        found = Path(spec.origin) if spec and spec.has_location and spec.origin else None
+        if beside and found and found.resolve() != beside.resolve() and not {"site-packages", "dist-packages"} & {*found.parts}:
+            raise ConfigError(
+                f"`{name}`: {file} imports {module}, but {beside} has the same name as {found}, which this process imports in its place; "
+                f"{_RENAME}"
+            )
 
 
 def _place(error: BaseException, file: Path) -> str:

@@ -1,5 +1,6 @@
 """Metrics and objectives of the user's own code: found beside the recipe, tried before work, part of a stage's identity."""
 
+import importlib
 import sys
 
 import pytest
@@ -133,7 +134,7 @@ def test_mistakes_of_the_recipe(study, override, words):
 
 def test_a_module_is_never_mixed_up_with_an_installed_one(tmp_path):
     (tmp_path / "textwrap.py").write_text("def score(p, r): return 0.0")
-    with pytest.raises(ConfigError, match="has the same name as a module of Python"):
+    with pytest.raises(ConfigError, match=r"textwrap\.py has the same name as .*textwrap\.py, which this process imports"):
         load_function("textwrap:score", tmp_path)
 
 
@@ -149,6 +150,55 @@ def test_each_study_of_a_process_has_its_own_modules(tmp_path, monkeypatch):
     assert [load_function("own_losses:f", tmp_path / name).call() for name in "abab"] == [1, 22, 1, 22]
     with pytest.raises(ConfigError, match=r"there is no file .*own_more\.py, and no module own_more is installed"):
         load_function("own_more:f", tmp_path / "b")
+
+
+def test_a_helper_in_a_folder_without_init_is_that_of_the_study(tmp_path, monkeypatch):
+    """`from own_parts import number` gave the second study the module of the first."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    for name, number in (("a", 1), ("b", 22)):
+        (tmp_path / name / "own_parts").mkdir(parents=True)
+        (tmp_path / name / "own_parts" / "number.py").write_text(f"n = {number}\n")
+        (tmp_path / name / "own_plain.py").write_text("from own_parts import number\n\ndef f():\n    return number.n\n")
+    assert [load_function("own_plain:f", tmp_path / name).call() for name in "aba"] == [1, 22, 1]
+
+
+def test_modules_that_the_user_has_imported_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"own_of_{name}.py").write_text("import own_users\n\ndef f():\n    return own_users\n")
+    (tmp_path / "a" / "own_users.py").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.path", [str(tmp_path / "a"), *sys.path])
+        users = importlib.import_module("own_users")
+    assert load_function("own_of_a:f", tmp_path / "a").call() is users
+    assert load_function("own_of_b:f", tmp_path / "b").call() is users is sys.modules["own_users"]
+
+
+def test_a_file_of_the_users_path_never_runs_in_place_of_the_studys(tmp_path, monkeypatch):
+    """A script is beside the first study, so Python finds this study's files first."""
+    monkeypatch.setattr("sys.path", [str(tmp_path / "a"), *sys.path])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own_first.py").write_text("def f():\n    return 1\n")
+        (tmp_path / name / f"own_late_{name}.py").write_text("def f():\n    import own_first\n    return own_first\n")
+    for name in ("own_first:f", "own_late_a:f"):
+        load_function(name, tmp_path / "a").call()
+    there, here = tmp_path / "a" / "own_first.py", tmp_path / "b" / "own_first.py"
+    for name in ("own_first:f", "own_late_b:f"):
+        with pytest.raises(ConfigError, match=f"{here} has the same name as {there}, which .* in a Python process of its own"):
+            load_function(name, tmp_path / "b")
+
+
+def test_a_changed_package_is_bound_to_its_modules_again(tmp_path, monkeypatch):
+    """The second import was refused: the package had no attribute `parts`."""
+    monkeypatch.setattr("sys.path", [*sys.path])
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "parts.py").write_text("n = 1\n")
+    for factor in (1, 22):
+        (package / "__init__.py").write_text(f"import own_package.parts\n\ndef f():\n    return {factor} * own_package.parts.n\n")
+        assert load_function("own_package:f", tmp_path).call() == factor
 
 
 def test_a_changed_module_has_only_what_is_in_its_file(tmp_path, monkeypatch):
