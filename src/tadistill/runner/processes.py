@@ -36,6 +36,7 @@ from tadistill.plan.task import Task
 from tadistill.runner.interruption import StopFlag, held, kill_server, release
 from tadistill.store import Store
 from tadistill.text import counted
+from tadistill.user_code import path_without_studies
 
 Message = tuple[int, int, str] | str
 """Progress (done, total, text), or the text of an alarm."""
@@ -116,7 +117,8 @@ class StageProcesses:
             for rank in range(world):
                 own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {})
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(task, own, max(1, threads // world), theirs), name=task.label)
+                work = (task, own, path_without_studies(), max(1, threads // world), theirs)
+                process = context.Process(target=_work, args=work, name=task.label)
                 with held(), _without_main():
                     process.start()
                 theirs.close()
@@ -248,13 +250,14 @@ def _free_port() -> int:
 # --- in a process of a stage --------------------------------------------------------------------------------------------
 
 
-def _work(task: Task, environment: dict[str, str], threads: int, pipe: Connection) -> None:
+def _work(task: Task, environment: dict[str, str], path: list[str], threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the command, which sends `stop`
     flag, asked = StopFlag(signal.SIGTERM, signal.SIGUSR2), threading.Event()
     release()
     threading.Thread(target=_obey, args=(pipe, asked), daemon=True).start()
     os.environ.clear()  # a forked process has the environment that the server had at its start
     os.environ.update(environment)
+    sys.path[:] = path  # without the folder of another study that a thread of the command has planned
     code = 0
     try:
         _prepare_torch(task, threads)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from threading import Thread
@@ -25,6 +26,7 @@ from tadistill.plan.task import make_task
 from tadistill.runner import preflight, processes, schedule
 from tadistill.runner.schedule import Devices, Gpu
 from tadistill.store import Store
+from tadistill.user_code import load_function, path_without_studies
 
 TWO = "models.l={load: scratch:gpt2, tokenizer: tinyworld, config: {n_embd: 16, n_layer: 1, n_head: 2, n_positions: 64}}"
 
@@ -70,7 +72,7 @@ class Recorded:
     """A context of multiprocessing that starts no process."""
 
     def __init__(self):
-        self.environments = []
+        self.environments, self.paths = [], []
 
     def Pipe(self):
         return Mock(), Mock()
@@ -78,6 +80,7 @@ class Recorded:
     def Process(self, target, args, name):
         assert target is processes._work
         self.environments.append(args[1])
+        self.paths.append(args[2])
         return SimpleNamespace(start=lambda: None, join=lambda: None, kill=lambda: None, exitcode=0)
 
 
@@ -94,6 +97,19 @@ def test_the_environment_of_a_stage_names_its_gpus(monkeypatch, tmp_path):
     ended._pipes.clear()
     assert ended.attend() == []
     assert str(ended.error) == "the stage's process ended with exit code 0, but without a result (see its output above)"
+
+
+def test_a_stage_does_not_get_the_folder_of_another_study(monkeypatch, tmp_path):
+    """A stage that started after another study was planned imported modules of that study in place of its own."""
+    context, found, path = Recorded(), plan(), path_without_studies()
+    monkeypatch.setattr("sys.path", [*path])
+    monkeypatch.setattr(processes, "prepare", lambda: context)
+    task = make_task(found, next(iter(found.stages.values())), Store(tmp_path))
+    (tmp_path / "own_of_another.py").write_text("def f():\n    return 1\n")
+    load_function("own_of_another:f", tmp_path)
+    assert sys.path == [*path, str(tmp_path)]
+    processes.StageProcesses(task, threads=1)
+    assert context.paths == [path]
 
 
 def test_stages_at_the_same_time_run_on_different_gpus(claimed, monkeypatch, tmp_path):
