@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -205,8 +204,8 @@ def in_order_of_asking(prompts: Mapping[str, Prompt], *, together: int) -> dict[
     """Return the questions of each test set in the order in which they are asked, which is the same on every run.
 
     The order of a set's prompts is random. So is the order of a prompt's questions, so arms, training seeds and orders mix. The prompts
-    are asked in groups of `together` or more: first one question about each prompt of the group, then the others. Prompts have different
-    numbers of questions, because arms with the same answer share one. Each prompt's questions are therefore spread evenly over its group.
+    are asked in groups of `together` or more: first one question about each prompt of the group, then the others, prompt by prompt. So
+    one place of the order shows what many prompts get, and an endpoint that fails later leaves one incomplete prompt, or a few.
 
     Args:
         prompts: maps the text of each question to its prompt.
@@ -220,8 +219,8 @@ def in_order_of_asking(prompts: Mapping[str, Prompt], *, together: int) -> dict[
     for name, of_set in sets.items():
         groups = max(len(of_set) // together, 1)
         for group in (of_set[i::groups] for i in range(groups)):
-            placed = [(i / len(of_prompt), text) for of_prompt in group for i, text in enumerate(of_prompt)]
-            order[name] += [text for _, text in sorted(placed, key=itemgetter(0))]
+            order[name] += [first for first, *_ in group]
+            order[name] += [text for _, *others in group for text in others]
     return order
 
 

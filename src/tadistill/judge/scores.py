@@ -38,8 +38,7 @@ _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
 # random, because a filter or a limit can refuse all prompts of one place. If it refuses four fifths of the prompts, the first 50 are all
 # refused with a probability of 0.00001.
 _REFUSALS = 50
-# No more of a test set is asked if so many of its questions in a row are refused. In general they are about 50 prompts or all.
-# If the answers of 11 of 12 arms are too long, 200 questions in a row are refused with a probability of 0.00000003.
+# No more of a test set is asked if so many of its questions in a row are refused, and they are about 50 prompts or all.
 _REFUSALS_IN_A_ROW = 200
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
@@ -158,7 +157,7 @@ class _Run:
         self.answered = any(cache.get(question_key(settings, text)) for text in prompts)
         """True after an answer of the endpoint, in this run or an earlier one."""
         self.refused = set[str]()
-        """The questions that the endpoint refused. If it only refused a reminder, it answered the question."""
+        """The questions of which the endpoint has answered no wording in this run."""
         self.closed = set[str]()
         """The test sets of which no more questions are asked."""
 
@@ -169,18 +168,18 @@ class _Run:
                 raise error
 
     def settle(self, text: str) -> None:
-        found = None
+        found, count = None, True
         for asked in wordings(text):
             key = question_key(self.settings, asked)
             reply = self.cache.get(key)
             if reply is None:
                 if self.stop.is_set() or self.prompts[text][0] in self.closed:
                     return
-                reply = self._request(text, asked)
+                reply = self._request(text, asked, count)
                 if reply is None:
                     return
                 self.cache.put(key, reply)
-                self.answered = True
+                self.answered, count = True, False
             found = parse_scores(reply.text)
             if found is not None:
                 break
@@ -191,14 +190,14 @@ class _Run:
                 self.verdicts.scores[text] = found
             self.tick()
 
-    def _request(self, text: str, asked: str) -> Reply | None:
+    def _request(self, text: str, asked: str, count: bool) -> Reply | None:
         try:
             return self.ask(asked)
         except Refused as error:
             with self.lock:
                 self.verdicts.refused[text] = str(error)
                 self.tick()
-                if asked == text:
+                if count:
                     self._count(text)
             return None
         except Unavailable as error:
@@ -211,8 +210,11 @@ class _Run:
         # in a row in the order of asking, not of the replies: a refusal can take milliseconds, and an answer seconds
         row, place = self.rows[name], self.places[text]
         sides = (range(place, -1, -1), range(place + 1, len(row)))
-        if sum(1 for side in sides for _ in takewhile(lambda i: row[i] in self.refused, side)) >= _REFUSALS_IN_A_ROW:
-            self.closed.add(name)
+        in_a_row = [row[i] for side in sides for i in takewhile(lambda i: row[i] in self.refused, side)]
+        if len(in_a_row) >= _REFUSALS_IN_A_ROW:
+            here, of_set = (len({self.prompts[each] for each in texts}) for texts in (in_a_row, row))
+            if here >= min(_REFUSALS, of_set):
+                self.closed.add(name)
 
     def fail(self, reason: str) -> None:
         with self.lock:

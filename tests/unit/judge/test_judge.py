@@ -369,16 +369,28 @@ def test_the_number_of_arms_does_not_change_how_often_an_endpoint_that_refuses_e
     assert len(sent) <= 2 * 200 + 20
 
 
-def test_an_endpoint_that_begins_to_refuse_everything_leaves_complete_prompts():
-    left = 8 * 80
+@pytest.mark.parametrize(
+    ("prompts", "questions", "answers", "whole"), [(150, 8, 640, 77), (80, 6, 400, 64), (99, 24, 2000, 82), (49, 24, 1100, 45)]
+)
+def test_an_endpoint_that_begins_to_refuse_everything_leaves_complete_prompts(prompts, questions, answers, whole):
+    """All prompts of a group stayed incomplete until the group was done."""
+    left = answers
 
     def refused(name, index, number):
         nonlocal left
         left -= 1
         return left < 0
 
-    found, _, complete = ask_about({"dolly": 150}, refused, questions=8)
-    assert (complete, len(found.refused)) == (50, 200)
+    found, _, complete = ask_about({"dolly": prompts}, refused, questions=questions)
+    assert (complete, len(found.scores)) == (whole, answers)
+    assert len(found.refused) <= max(200, questions * 50)
+
+
+def test_reminders_of_an_earlier_run_that_are_refused_close_a_set():
+    settings = Judge(model="j", base_url="http://j")
+    memory = Memory({question_key(settings, f"d {i} {n}"): Reply("Lovely.", 1, 1) for i in range(200) for n in range(24)})
+    _, sent, _ = ask_about({"d": 200}, lambda name, index, number: True, memory=memory, questions=24)
+    assert len(sent) == 200
 
 
 def test_an_endpoint_that_begins_to_refuse_everything_is_asked_no_more():
