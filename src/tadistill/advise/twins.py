@@ -66,7 +66,10 @@ def pair_up(observations: Sequence[Observation]) -> list[TwinPair]:
 
 
 def unused(observations: Sequence[Observation]) -> list[str]:
-    """Return a sentence for each of the first studies with chains that have no twin: which chains these are, and what no direct run has."""
+    """Return a sentence for each of the first studies with chains that have no twin: which chains these are, and what no direct run has.
+
+    A last sentence has the number of other such studies, if there are any.
+    """
     directs, found = _directs(observations), dict[str, dict[str, str]]()
     used = {_chain(o) for o in observations if _twin(o, directs)}
     costs: dict[tuple[str, tuple[str, ...]], set[float]] = {}

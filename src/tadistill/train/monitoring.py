@@ -51,8 +51,7 @@ class Meter:
 
     Counting uses only the shapes of tensors, so it never waits for the GPU. Matrix products with weights and attention are counted; norms,
     softmax, rotary tables, the optimizer and vLLM are not. A backward pass counts as two forward passes or, with LoRA adapters, as
-    `models.parameter_counts` says. The FLOPs of a teacher on a server are computed from the tokens that it processes.
-    `models.flops_and_memory` names the parts of the work.
+    `models.parameter_counts` says. The FLOPs of a teacher on a server come from its tokens. `models.flops_and_memory` names the parts.
     """
 
     def __init__(self, student: PreTrainedModel, teachers: tuple[PreTrainedModel | Teacher, ...], *, checkpointing: bool = False):
@@ -193,6 +192,7 @@ def watch(
     step: Step, batches: list[Batch], *, fresh: bool = False, scores: bool = True, gather: Callable[[Tensor], Tensor] = lambda own: own
 ) -> dict[str, float]:
     """Return metrics of an update's sampled sequences. Return an empty dict if the text was not sampled in this run.
+
     If all text is `fresh`, sampled from the present student, `apart` is the `difference` of log q between sampling and training.
     p is a token's probability under the teacher, q under the student, q_old under the student at the time of sampling, and behaviour under
     the distribution from which the text was sampled. `gather` joins the rows (1, N) of all processes to (processes, N).
