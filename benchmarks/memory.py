@@ -143,7 +143,8 @@ def measured(task: Any) -> float:
 
     torch.set_num_threads(1)
     quiet: dict[str, Any] = {"progress": lambda *_: None, "alarm": lambda text: print(text, file=sys.stderr), "stop": lambda: False}
-    keep_freed_memory()
+    if task.spec.steps:  # a training, as in `tadistill run`
+        keep_freed_memory()
     with _sampled() as most:
         before = most[0]
         run_stage(task, **quiet)
