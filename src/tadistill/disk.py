@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
-_LOCK = ".tadistill.lock"  # in a folder that a process writes
+LOCK = ".tadistill.lock"
+"""Name of a file in a folder that a process writes."""
 _OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch raises these while it copies tensors from a GPU; the file is not the cause
 
 
@@ -247,7 +248,7 @@ def _locked(work: Path) -> "FileLock":
     lock = FileLock(work / "new.lock")
     with suppress(OSError, NotImplementedError):  # without locks on this disk, leftovers stay
         lock.acquire(timeout=0)
-        os.rename(work / "new.lock", work / _LOCK)
+        os.rename(work / "new.lock", work / LOCK)
     return lock
 
 
@@ -256,15 +257,14 @@ def _delete_leftovers(target: Path, prefix: str) -> None:
 
     for work in target.parent.glob(glob.escape(prefix) + "?" * 8):
         with suppress(OSError, NotImplementedError):  # a process writes there, or has just ended
-            if _LOCK in (names := set(os.listdir(work))) and names <= {_LOCK, target.name}:
-                with FileLock(work / _LOCK).acquire(timeout=0):
+            if LOCK in (names := set(os.listdir(work))) and names <= {LOCK, target.name}:
+                with FileLock(work / LOCK).acquire(timeout=0):
                     pass
                 shutil.rmtree(work, ignore_errors=True)
 
 
 def _appeared(folder: Path) -> StoreError:
-    killed = f", or a killed process has left {_LOCK} in it" if (folder / _LOCK).exists() else ""
-    return StoreError(f"{folder} is filled by another process{killed}, so nothing is written there; give the name of a new directory")
+    return StoreError(f"{folder} is filled by another process, so nothing is written there; give the name of a new directory")
 
 
 @contextmanager
@@ -278,7 +278,7 @@ def filling(folder: Path) -> Iterator[Path]:
     try:
         if any(folder.iterdir()):
             raise FileExistsError
-        (mark := folder / _LOCK).touch(exist_ok=False)
+        (mark := folder / LOCK).touch(exist_ok=False)
     except FileExistsError:
         raise _appeared(folder) from None
     try:  # it may be a mount point or the working directory, which cannot be replaced
