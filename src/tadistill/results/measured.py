@@ -89,8 +89,16 @@ def _check_known(path: Path, metric: str) -> None:
 
 
 def stream_predictions(store: Store, key: str) -> Iterator[dict[str, Any]]:
-    """Yield the predictions of an evaluation, in the order of the file. The file can be long, so it is read line by line."""
-    return (row for _, row in stream_jsonl(store.artifact(key, "predictions.jsonl"), fix=store.redo(key)))
+    """Yield the predictions of an evaluation, in the order of the file. The file can be long, so it is read line by line.
+
+    Raises:
+        StoreError: the file is missing, damaged or empty.
+    """
+    row, file, fix = None, store.artifact(key, "predictions.jsonl"), store.redo(key)
+    for _, row in stream_jsonl(file, fix=fix):
+        yield row
+    if row is None:  # an evaluation has at least one prompt
+        raise damaged(file, "it is empty", fix)
 
 
 @dataclass(frozen=True)

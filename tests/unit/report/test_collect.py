@@ -22,6 +22,7 @@ from tadistill.report.results_json import write_results
 from tadistill.results import collect
 from tadistill.results.collect import MEAN, primary_metric, read_results
 from tadistill.results.compare import compare, direct_of, twin_of
+from tadistill.results.measured import stream_predictions
 from tadistill.results.number_text import number
 from tadistill.results.sample_answers import references
 from tadistill.results.verdict import comparisons
@@ -261,6 +262,14 @@ def test_damaged_scores_are_named(study, content, message):
         write_results(study.read())
     assert "\n" not in str(caught.value)
     assert not (study.study_dir / "results.json").exists()
+
+
+def test_empty_predictions_are_named(study):
+    """The first row of none was a bare StopIteration."""
+    path = study.store_dir / (key := key_of("evaluate", "chain", 20))[:2] / key / "predictions.jsonl"
+    path.write_text("")
+    with pytest.raises(StoreError, match=r"predictions\.jsonl cannot be read \(it is empty\): delete .* and run .* again"):
+        next(stream_predictions(study.results.store, key))
 
 
 @pytest.mark.parametrize("name", ["scores.json", "corpus.json", "predictions.jsonl", "manifest.json"])
