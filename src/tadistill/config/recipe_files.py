@@ -227,10 +227,7 @@ _IN_WORDS = (
     ("found undefined alias", "YAML reads a value that begins with * as a reference; put the text in quotes"),
     ("that cannot start any token", "a value cannot begin with this character; put the text in quotes"),
     ("could not find expected ':'", "a key has no colon; write `key: value`"),
-    (
-        "expected <block end>",
-        "this line does not fit the lines above it; indent it like them, or close a quote that is still open above",
-    ),
+    ("expected <block end>", "this line does not fit the lines above it; indent it like them, or close a quote that is still open above"),
     ("expected '<document start>'", "the file is not a YAML mapping; write a mapping with the keys study, seeds, models, data and arms"),
     ("expected a single document", "a second YAML document begins here, but a recipe is only one document; remove the line `---`"),
 )
@@ -320,7 +317,8 @@ def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Conca
 def _with_place(problem: str, recipe: Recipe, origin: Origin) -> str:
     if problem.startswith((origin.source, "override `")):
         return problem
-    named = (key for key in origin.lines if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
+    keys = [*origin.lines, *(at[:2] for at, _ in data_sets(recipe))]  # in the short form, `data` has the line of all data sets
+    named = (key for key in keys if len(key) > 1 and re.match(re.escape(_dotted(key)) + r"[:. ]", problem))
     key = max(named, key=len, default=())
     found = [(problem.find(text), not re.search(part, problem), at) for at, text, part in _sources(recipe) if at[: len(key)] == key]
     *_, quoted = min((each for each in found if each[0] >= 0), key=lambda each: each[:2], default=((),))  # the first

@@ -28,7 +28,7 @@ from tadistill.data import rows as reading
 from tadistill.data.datasets import SplitRows, json_rows, right
 from tadistill.data.rows import Example, Form, beyond_ascii, form_of, no_column, place, text, where_of
 from tadistill.disk import cache_root, sha256, write_json
-from tadistill.errors import DataError, Gathering, StoreError
+from tadistill.errors import DataError, Gathering, StoreError, about
 from tadistill.store import key_of
 from tadistill.text import counted, listed
 from tadistill.text import form as form_of_noun
@@ -84,9 +84,13 @@ def survey(ref: DataRef, role: str, data: Data) -> Survey:
     """Read and check all rows of a split that a recipe uses. Return the number of rows, a sample, and other facts.
 
     Raises:
-        DataError: the data set is missing or empty, or rows are wrong. The message names the rows.
+        DataError: the data set is missing or empty, or rows are wrong. The message names the key of the data set, and the rows.
     """
-    rows = SplitRows.of(ref, role, data)
+    with about(f"data.{role}"):
+        return _survey(SplitRows.of(ref, role, data))
+
+
+def _survey(rows: SplitRows) -> Survey:
     content = rows.content()
     if content is None:
         return _read(rows)
@@ -174,13 +178,14 @@ def check_corpus(ref: DataRef, data: Data) -> None:
     """Check a plain-text corpus. A corpus on this disk is read completely. For a corpus on the Hub, only one document is read.
 
     Raises:
-        DataError: rows have no text, or all documents are empty.
+        DataError: rows have no text, or all documents are empty. The message names the key `data.corpus`.
     """
-    documents = _documents(ref, data.world, data.root)
-    if datasets.on_hub(ref, "train", data) is not None:
-        documents = itertools.islice(documents, 1)
-    if not sum([bool(document.strip()) for document in _all_right(documents, ref)]):
-        raise DataError(f"data.corpus `{ref.load}` contains no text; give a file with at least one document in its column `text`")
+    with about("data.corpus"):
+        documents = _documents(ref, data.world, data.root)
+        if datasets.on_hub(ref, "train", data) is not None:
+            documents = itertools.islice(documents, 1)
+        if not sum([bool(document.strip()) for document in _all_right(documents, ref)]):
+            raise DataError(f"data set `{ref.load}` contains no text; give a file with at least one document in its column `text`")
 
 
 def texts(ref: DataRef, world: World, root: str | None) -> Iterator[str]:

@@ -8,6 +8,7 @@ import torch
 import tadistill
 from tadistill.config import load
 from tadistill.config.recipe_files import placed
+from tadistill.data import survey
 from tadistill.errors import ConfigError, DataError, TadistillError
 from tadistill.objectives import Head, Hidden, fused_divergence, reverse_kl
 from tadistill.plan.arms import make_plan
@@ -222,7 +223,7 @@ def test_places_in_the_short_form(folder):
     model = "{" + OWN.replace("scratch", "load: scratch", 1).replace("\n    ", ", ") + "}"
     (folder / "chat.jsonl").write_text('{"question": "a"}\n')
     (problem,) = problems(folder, text.replace("./mydri", model))
-    assert problem.startswith("my.yaml, line 4: `data.train`: data set `chat.jsonl`, line 1 has no column")
+    assert problem.startswith("my.yaml, line 4: data.train: data set `chat.jsonl`, line 1 has no column")
 
 
 def test_the_part_of_a_data_set_that_is_wrong_is_named(folder):
@@ -242,7 +243,6 @@ def test_the_part_of_a_data_set_that_is_wrong_is_named(folder):
         ("no row of data set `own` (test) has a prompt of at most 12 tokens", "13: `data.test.1`"),
         ("select.metric is numeric, but the dev set `tinyworld` names no column of right answers", "12: `data.dev`"),
         ("data set `tinyworld` has no split `dev`; its splits are train, test", "12: `data.dev`"),
-        ("data set `tinyworld`, row 1: a message without a part of the data", "11: `data.train`"),
     ],
 )
 def test_the_line_is_that_of_the_key_whose_data_a_message_is_about(folder, problem, place):
@@ -256,6 +256,28 @@ def test_the_line_is_that_of_the_key_whose_data_a_message_is_about(folder, probl
     with pytest.raises(DataError) as error:
         placed(check)(load("my.yaml"))
     assert str(error.value) == f"my.yaml, line {place}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("key", "changed", "place"),
+    [
+        ("train", "columns: {prompt: question}", "line 10: data.train: data set `chat.jsonl` has 8 wrong rows among 8"),
+        ("dev", "columns: {prompt: question}", "line 11: data.dev: data set `chat.jsonl` has 8 wrong rows among 8"),
+        ("test", "columns: {prompt: question}", "line 12: data.test: data set `chat.jsonl` has 8 wrong rows among 8"),
+        ("corpus", "columns: {}", "line 13: data.corpus: data set `chat.jsonl` has 8 wrong rows among 8"),
+        ("corpus", "columns: {text: gap}", "line 13: data.corpus: data set `chat.jsonl` contains no text"),
+    ],
+)
+def test_a_wrong_row_has_the_line_of_the_key_that_reads_it(folder, key, changed, place):
+    """One file is the data set of all keys. Those of the corpus had the line of the training set."""
+    (folder / "chat.jsonl").write_text('{"prompt": "a", "completion": "b", "gap": ""}\n' * 8)
+    data = {"train": "chat.jsonl", "dev": "chat.jsonl", "test": "chat.jsonl", "corpus": "{load: chat.jsonl, columns: {text: prompt}}"}
+    lines = "".join(f"  {name}: {given}\n" for name, given in (data | {key: f"{{load: chat.jsonl, {changed}}}"}).items())
+    text = RECIPE[: RECIPE.index("  train:")] + lines + "method: {name: minillm, optim: {steps: 4, batch: 4, lr: 1e-4}}\narms:\n  direct: xl > s\n"
+    (folder / "my.yaml").write_text(text)
+    with pytest.raises(DataError) as error:
+        placed(lambda recipe: survey.check(make_plan(recipe).recipe))(load("my.yaml"))
+    assert error.value.problems[0].startswith(f"my.yaml, {place}")
 
 
 def test_a_dev_set_whose_prompts_are_too_long_is_found_by_its_line(folder):
