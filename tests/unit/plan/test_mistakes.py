@@ -273,8 +273,8 @@ def test_a_wrong_row_has_the_line_of_the_key_that_reads_it(folder, key, changed,
     (folder / "chat.jsonl").write_text('{"prompt": "a", "completion": "b", "gap": ""}\n' * 8)
     data = {"train": "chat.jsonl", "dev": "chat.jsonl", "test": "chat.jsonl", "corpus": "{load: chat.jsonl, columns: {text: prompt}}"}
     lines = "".join(f"  {name}: {given}\n" for name, given in (data | {key: f"{{load: chat.jsonl, {changed}}}"}).items())
-    text = RECIPE[: RECIPE.index("  train:")] + lines + "method: {name: minillm, optim: {steps: 4, batch: 4, lr: 1e-4}}\narms:\n  direct: xl > s\n"
-    (folder / "my.yaml").write_text(text)
+    method = "method: {name: minillm, optim: {steps: 4, batch: 4, lr: 1e-4}}\n"
+    (folder / "my.yaml").write_text(RECIPE[: RECIPE.index("  train:")] + lines + method + RECIPE[RECIPE.index("arms:") :])
     with pytest.raises(DataError) as error:
         placed(lambda recipe: survey.check(make_plan(recipe).recipe))(load("my.yaml"))
     assert error.value.problems[0].startswith(f"my.yaml, {place}")
