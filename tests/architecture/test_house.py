@@ -15,7 +15,6 @@ RIDDLES = ("Of ", "What ", "Whether ", "Which ", "How many ", "Where ", "The sam
 LONG = {"train_stage": 100}
 SHORT = {
     "__main__.py": "the entry point of `python -m tadistill`",
-    "runner/preload.py": "imported by its name in the server that stages are forked from",
 }
 MANY = {
     ("cli/running.py", "compare"): "options of a command",

@@ -9,7 +9,8 @@ import gc
 gc.disable()  # imports leave much memory and little garbage; the collector, which looks through all of it, would take a fifth of their time
 
 import torch.profiler  # noqa: F401
-from rouge_score import rouge_scorer  # noqa: F401 (imports nltk and scipy)
+from nltk.stem import porter  # noqa: F401 (imports scipy)
+from rouge_score import scoring, tokenize  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.gpt2 import modeling_gpt2  # noqa: F401
 from transformers.models.llama import modeling_llama  # noqa: F401
