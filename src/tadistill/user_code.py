@@ -125,15 +125,18 @@ def _places(module: str, folder: Path) -> tuple[Path, Path]:
     return beside.with_suffix(".py"), beside / "__init__.py"
 
 
+def _beside(module: str, folder: Path) -> Path | None:
+    return next((path for path in _places(module, folder) if path.is_file()), None)
+
+
 def _file(name: str, module: str, folder: Path) -> Path:
-    places = _places(module, folder)
-    for path in places:
-        if path.is_file():
-            return path
+    if beside := _beside(module, folder):
+        return beside
     if (spec := _spec(module)) is None:
         files = (path.stem for path in folder.glob("*.py"))
         hint = did_you_mean(module, files, "write the function into this file, or install its package")
-        raise ConfigError(f"`{name}` was not found: there is no file {places[0]}, and no module {module} is installed; {hint}")
+        file, _ = _places(module, folder)
+        raise ConfigError(f"`{name}` was not found: there is no file {file}, and no module {module} is installed; {hint}")
     if not spec.origin or not spec.origin.endswith(".py"):
         raise ConfigError(f"`{name}` is in module {module}, which has no Python source; name a function of a .py file")
     return Path(spec.origin)
@@ -175,8 +178,7 @@ def _check_imports(name: str, file: Path, source: bytes, folder: Path) -> None:
     used = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
     for module in sorted({each.partition(".")[0] for each in used} - sys.stdlib_module_names):
-        places, spec = _places(module, folder), _spec(module)
-        beside = next((path for path in places if path.is_file()), None)
+        beside, spec = _beside(module, folder), _spec(module)
         found = Path(spec.origin) if spec and spec.has_location and spec.origin else None
         if beside and found and found.resolve() != beside.resolve() and not {"site-packages", "dist-packages"} & {*found.parts}:
             raise ConfigError(

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from tadistill.advise import words
 from tadistill.advise.decide import SEEDS, Advice, Work, advise, improvement
-from tadistill.advise.history import MEASURES, Candidate, Edge, EdgeMeasures, History, edge_record, family_of, history, path_edges
+from tadistill.advise.history import Candidate, Edge, EdgeMeasures, History, edge_record, family_of, history, path_edges
 from tadistill.advise.measures import (
     TOP_K,
     Ladder,
@@ -48,7 +48,7 @@ from tadistill.metrics import NOT_COMPARABLE
 from tadistill.plan.arms import Plan, ProbePlan, make_plan
 from tadistill.plan.graph import Stage
 from tadistill.results.number_text import TIMES, parameters_text
-from tadistill.runner.local import result_written
+from tadistill.runner.local import ADVICE, result_written
 from tadistill.runner.run_study import fetch_models, method_text
 from tadistill.runner.schedule import check_first, run_stages
 from tadistill.search.strategies import path_name
@@ -121,17 +121,17 @@ def advise_recipe(
         notes=words.notes(recipe, list(priced), measures, advice, past, metric, prompts),
     )
     report = replace(report, notes=(*report.notes, *words.command_notes(list(commands.refused), commands.unpriced(own))))
-    write_json(study / MEASURES, record | decided(report))
+    write_json(study / ADVICE, record | decided(report))
     page = study / "advice.html"
     write_text(page, render_advice(report))
     print_advice(report, console)
-    for path in (study / MEASURES, page):
+    for path in (study / ADVICE, page):
         console.say(f"{'page' if path == page else 'data'}: {path}")
     return page
 
 
 def _save(study: Path, record: dict[str, Any]) -> None:
-    write_json(study / MEASURES, record)
+    write_json(study / ADVICE, record)
     result_written(study, "advise")
 
 

@@ -24,7 +24,8 @@ from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.results.compare import load_reported
 from tadistill.results.measured import training_settings
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
-from tadistill.store import STAGE, Store, key_of, plan_again, store_of
+from tadistill.runner.local import ADVICE
+from tadistill.store import MANIFEST, STAGE, Store, key_of, plan_again, store_of
 from tadistill.text import counted
 
 
@@ -134,9 +135,6 @@ class Observation:
 
 # --- reading studies ----------------------------------------------------------------------------------------------------
 
-MEASURES = "advice.json"
-"""Name of a study's file with measures. Its entry "edges" is a list of dicts, which `edge_record` makes."""
-
 
 @dataclass(frozen=True)
 class History:
@@ -211,7 +209,7 @@ def edge_record(edge: Edge) -> dict[str, Any]:
 
 def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
     """Read the measures of each (teacher, learner) from a study's advice.json. The result is empty if this file does not exist."""
-    path = study_dir / MEASURES
+    path = study_dir / ADVICE
     if not path.is_file():
         return {}
     content, known = read_json(path), {f.name for f in fields(EdgeMeasures)}  # other versions may have written other measures
@@ -285,8 +283,8 @@ def _read_arm(
 def _dev_result(store: Store, key: str, direct: int) -> tuple[str, float | None, Settings]:
     folder = store.folder(key)
     try:
-        metric = read_json(folder / "stage.json")["spec"]["select"]["metric"]
-        value = read_json(folder / "manifest.json")["best_value"]
+        metric = read_json(folder / STAGE)["spec"]["select"]["metric"]
+        value = read_json(folder / MANIFEST)["best_value"]
         return str(metric), None if value is None else float(value), Settings.read(store, key, direct)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{folder} is damaged ({type(error).__name__}: {error}); delete this folder and run the recipe again") from error

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rich.markup import escape
 from rich.table import Table
@@ -20,15 +20,16 @@ from rich.table import Table
 from tadistill.cluster import slurm
 from tadistill.cluster.fetch import size
 from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, search_plan, study_state, unfinished
+from tadistill.config.machine import Tracker
 from tadistill.errors import ConfigError, StoreError
-from tadistill.runner.local import LOG, SEARCH, is_search, local_runs
-from tadistill.store import Store, keys_in
+from tadistill.runner.local import ADVICE, LOG, SEARCH, is_search, local_runs
+from tadistill.store import MANIFEST, STAGE, Store, keys_in
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
 _STORE = "store"
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
-_TRACKERS = ("tensorboard", "trackio", "wandb")  # folders of other programs, in studies or beside them
+_TRACKERS = get_args(Tracker)  # folders of other programs, in studies or beside them
 _Place = Literal["runs", "study", "beside", "link"]
 """Place of a folder: where studies stand, in a study, beside a study behind a link, or elsewhere behind a link or in a folder of a tracker.
 The link is one in a study: where studies stand, a folder behind a link has the place that it would have without the link."""
@@ -156,7 +157,7 @@ def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
         try:
             lock.acquire(timeout=0)
             used, folder = _size(store.folder(key)), store.folder(key)
-            (folder / "manifest.json").unlink(missing_ok=True)  # first, so that an interrupted deletion leaves no finished stage
+            (folder / MANIFEST).unlink(missing_ok=True)  # first, so that an interrupted deletion leaves no finished stage
             shutil.rmtree(folder)
             freed += used
         except TimeoutError:
@@ -239,7 +240,7 @@ def _below(entry: os.DirEntry[str], place: _Place, *, in_study: bool) -> _Place:
 
 def _is_study(folder: Path) -> bool:
     # other programs also have files with these names
-    files = [path for name in ("plan.json", SEARCH, "advice.json") if os.path.isfile(path := folder / name)]
+    files = [path for name in ("plan.json", SEARCH, ADVICE) if os.path.isfile(path := folder / name)]
     try:
         return any(b'"stages"' in path.read_bytes() for path in (*files, *folder.glob("local/*.json")))
     except OSError:
@@ -259,7 +260,7 @@ def _records(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
     for folder in sorted(store.root.glob("??/" + "[0-9a-f]" * 16)):
         if folder.is_dir():
             try:
-                record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+                record = json.loads((folder / STAGE).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 record = {}
             yield folder.name, record if isinstance(record, dict) else {}

@@ -19,7 +19,7 @@ from tadistill.disk import damaged, read_json
 from tadistill.plan.graph import distinct_labels, table_lines
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LOG, SEARCH, LocalRun, StageProgress, about_planning, described, local_runs, unfinished_stages
-from tadistill.store import FAILURE, RECORD, Store, command_for
+from tadistill.store import FAILURE, RECORD, STAGE, Store, command_for
 from tadistill.terminal import Terminal
 from tadistill.text import counted
 
@@ -281,7 +281,7 @@ def search_plan(study: Path, store: Store) -> dict[str, Any]:
     keys = [key for run in local_runs(study) if run.searches for key in run.needs] or unfinished_stages(study, "search")
 
     def stage(key: str) -> dict[str, Any]:
-        path = store.folder(key) / "stage.json"
+        path = store.folder(key) / STAGE
         record = read_json(path, fix="delete its folder and search again") if path.is_file() else {}
         optim = record.get("spec", {}).get("optim") or {}
         return {"key": key, "label": record.get("label", "a stage that has not started"), "steps": optim.get("steps")}

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from tadistill.config.common import MOST, Strict
 from tadistill.errors import ConfigError
 
+Tracker = Literal["wandb", "trackio", "tensorboard"]
+
 
 class Vllm(Strict):
     """Settings of vLLM, for the stages (single steps of work) in which it samples text (`engine: vllm`)."""
@@ -41,7 +43,7 @@ class Runtime(Strict):
     checkpoint_seconds: float | None = Field(default=None, gt=0, le=1e6)
     """Seconds between two saves of the state of a training. The default is 30, or 20 times the duration of the last save if this is
     longer."""
-    trackers: tuple[Literal["wandb", "trackio", "tensorboard"], ...] = ()
+    trackers: tuple[Tracker, ...] = ()
     """Experiment trackers to which training writes its curves."""
     vllm: Vllm = Vllm()
     code: str | None = None

@@ -27,7 +27,7 @@ from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, 
 from tadistill.results.number_text import number, parameters_text, rows_text, summary_text
 from tadistill.results.study import ArmRecord, trained_model
 from tadistill.results.verdict import comparisons, pairs
-from tadistill.store import INCOMPLETE
+from tadistill.store import INCOMPLETE, STAGE
 from tadistill.text import counted
 
 _FILES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv")
@@ -148,7 +148,7 @@ Place = tuple[Literal["model", "data"], str]  # a source as the recipe names it
 def _on_hub(results: Results, arm: ArmRecord, seed: int) -> dict[Place, bool]:
     """Return for each source of an arm if it was on the Hub when the study was planned. Local sources may be gone, or elsewhere, by now."""
     found: dict[Place, bool] = {}
-    files = [results.store.folder(stage.key) / "stage.json" for stage in results.plan.ancestors(arm.final[seed])]
+    files = [results.store.folder(stage.key) / STAGE for stage in results.plan.ancestors(arm.final[seed])]
     todo: list[Any] = [read_json(file)["spec"] for file in files if file.is_file()]
     while todo:
         part = todo.pop()

@@ -15,6 +15,7 @@ from tadistill.report.plain_text import code
 from tadistill.results.collect import Results
 from tadistill.results.measured import stream_predictions
 from tadistill.results.study import ArmRecord
+from tadistill.store import STAGE
 
 Format = Literal["alpaca", "plain", "chat", "verbatim"]
 _QUESTION = "What is the capital of France?"
@@ -50,7 +51,7 @@ def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
     (`verbatim`). If an earlier version evaluated the model, `chat` means only that the tokenizer has a chat template.
     """
     key = arm.evaluate[arm.first_seed(finished)] if (finished := results.scores[arm.name]) else None
-    spec = read_json(results.store.folder(key) / "stage.json")["spec"] if key else {"data": _data(results)}
+    spec = read_json(results.store.folder(key) / STAGE)["spec"] if key else {"data": _data(results)}
     template = spec["data"]["template"]
     if template == "chat" or key is None:
         return template

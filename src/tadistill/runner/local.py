@@ -26,6 +26,8 @@ from tadistill.plan.throughput import spoken
 LOG = "run.log"
 SEARCH = "search.json"
 """Name of a study's file with the result of `tadistill search`."""
+ADVICE = "advice.json"
+"""Name of a study's file with the result of `tadistill advise`."""
 _RECORDS = "local"
 _LATE = ("search", "advise")  # commands whose result names their stages; others write plan.json before
 _EVERY = 5.0

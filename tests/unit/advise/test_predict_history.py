@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from tadistill.advise.history import MEASURES, EdgeMeasures, Settings, edge_record, family_of, history, path_edges
+from tadistill.advise.history import EdgeMeasures, Settings, edge_record, family_of, history, path_edges
 from tadistill.advise.twins import differing_keys, pair_up, unused
 from tadistill.config import ModelConfig, load
 from tadistill.config.key_help import explain
 from tadistill.errors import StoreError
 from tadistill.plan.arms import make_plan
+from tadistill.runner.local import ADVICE
 from tadistill.store import store_of
 
 SIZES = {"xl": 1200, "l": 400, "s": 100}
@@ -147,7 +148,7 @@ def test_earlier_plans_of_a_study_are_history(tmp_path):
     other = [("sft", ("s",), 1.0, None), ARMS[1], ("chain", ("xl", "s"), 10.0, "as direct")]
     write(tmp_path, "one", other, unfinished={("chain", 1), ("chain", 2)})
     edges = path_edges(("xl", "l", "s"), SIZES, {("xl", "l"): EdgeMeasures(reverse_kl=0.3, size_ratio=3.0)})
-    (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [edge_record(e) for e in edges]}))
+    (tmp_path / "one" / ADVICE).write_text(json.dumps({"edges": [edge_record(e) for e in edges]}))
     found = history(tmp_path)
     (pair,) = pair_up(found.observations)
     assert (pair.path, pair.seeds, pair.differences, pair.edges) == (("xl", "l", "s"), (1, 2), (0.5, 0.5), edges)
@@ -345,12 +346,12 @@ def test_measures_of_a_study_are_read_back(tmp_path):
     write(tmp_path, "one", ARMS)
     measured = {("xl", "l"): EdgeMeasures(reverse_kl=0.3, overlap=0.7, size_ratio=3.0)}
     edges = path_edges(("xl", "l", "s"), SIZES, measured)
-    (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [edge_record(e) for e in edges]}))
+    (tmp_path / "one" / ADVICE).write_text(json.dumps({"edges": [edge_record(e) for e in edges]}))
     chain = next(o for o in history(tmp_path).observations if len(o.path) == 3)
     assert chain.edges == edges
     assert chain.edges[0].measures.reverse_kl == 0.3
     assert chain.edges[1].measures == EdgeMeasures(size_ratio=4.0)
-    (tmp_path / "one" / MEASURES).write_text(json.dumps({"edges": [{"teacher": "xl"}]}))
+    (tmp_path / "one" / ADVICE).write_text(json.dumps({"edges": [{"teacher": "xl"}]}))
     assert "is damaged" in history(tmp_path).left_out[0]
 
 
