@@ -23,9 +23,10 @@ from advise_page import markdown
 from advise_worlds import Family, World, make_family
 from scipy.stats import rankdata
 
-from tadistill.advise.decide import Advice, advise, decide, pair_up
+from tadistill.advise.decide import Advice, advise, decide
 from tadistill.advise.history import Candidate, Edge, EdgeMeasures, Observation
 from tadistill.advise.predict import Predictions, predict
+from tadistill.advise.twins import pair_up
 from tadistill.search import strategies as rules
 
 SEEDS, MARGIN, LEVEL = 3, 0.3, 0.95
