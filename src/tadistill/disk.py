@@ -25,14 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from tadistill.errors import ConfigError, StoreError, TadistillError, did_you_mean, leads_nowhere
+from tadistill.errors import ConfigError, StoreError, TadistillError
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
-LOCK = ".tadistill.lock"
-"""Name of a file in a folder that a process writes."""
+_LOCK = ".tadistill.lock"  # in a folder that a process writes
+_ANOTHER = "give the name of a new directory"
+_NEW = ".tadistill.new"  # the files of an existing folder that a process fills
 _OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch raises these while it copies tensors from a GPU; the file is not the cause
 
 
@@ -59,25 +60,6 @@ def from_home(path: str | Path, what: str) -> Path:
         raise ConfigError(f"{what} is {path!r}; give a path") from error
     except RuntimeError as error:
         raise ConfigError(f"{what} is `{path}`, but there is no home folder of this user; write the whole path") from error
-
-
-def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
-    """Return the error sentence for a path that is in none of the `folders`.
-
-    The sentence names the target of a link that leads nowhere. Otherwise it suggests a similar name from these folders, if there is one.
-    It may be the name of a folder, or of a file with one of the `suffixes`.
-    """
-    searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
-    try:
-        there = [folder for folder in searched if folder.is_dir()]
-        if broken := next(filter(None, (leads_nowhere(folder / path.name) for folder in there)), None):
-            return broken
-        names = [p.name for folder in there for p in folder.iterdir() if (p.is_dir() or p.suffix in suffixes) and p.name != path.name]
-    except OSError as error:  # a folder that cannot be read
-        return f"its folder cannot be read ({error.strerror}); correct the path"
-    if not there:
-        return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
-    return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {did_you_mean(path.name, names, 'correct the path')}"
 
 
 # --- digests ------------------------------------------------------------------------------------------------------------
@@ -234,7 +216,7 @@ def publishing(target: Path, *, alone: bool = False) -> Iterator[Path]:
                 if not target.is_dir():
                     raise
                 if alone:
-                    raise _appeared(target) from None
+                    raise StoreError(f"{target} is filled by another process, so nothing is written there; {_ANOTHER}") from None
     finally:
         with suppress(OSError):  # the target is there, and a disk may lose its locks
             lock.release()
@@ -248,7 +230,7 @@ def _locked(work: Path) -> "FileLock":
     lock = FileLock(work / "new.lock")
     with suppress(OSError, NotImplementedError):  # without locks on this disk, leftovers stay
         lock.acquire(timeout=0)
-        os.rename(work / "new.lock", work / LOCK)
+        os.rename(work / "new.lock", work / _LOCK)
     return lock
 
 
@@ -257,38 +239,42 @@ def _delete_leftovers(target: Path, prefix: str) -> None:
 
     for work in target.parent.glob(glob.escape(prefix) + "?" * 8):
         with suppress(OSError, NotImplementedError):  # a process writes there, or has just ended
-            if LOCK in (names := set(os.listdir(work))) and names <= {LOCK, target.name}:
-                with FileLock(work / LOCK).acquire(timeout=0):
+            if _LOCK in (names := set(os.listdir(work))) and names <= {_LOCK, target.name}:
+                with FileLock(work / _LOCK).acquire(timeout=0):
                     pass
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _appeared(folder: Path) -> StoreError:
-    return StoreError(f"{folder} is filled by another process, so nothing is written there; give the name of a new directory")
-
-
 @contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write to. `folder`, which is new or empty, has its files when the block ends without an error, and else none.
-    Raises StoreError if another process fills the folder."""
+    """Yield a temporary folder. `folder`, which is new or empty, has its files when the block ends without an error, and else none.
+
+    What a killed process has left is deleted. Raises ConfigError if `folder` is not empty, and StoreError if another process fills it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is not a directory; {_ANOTHER}")
     if not folder.exists():
         with publishing(folder.resolve(), alone=True) as temporary:
             yield temporary
         return
-    try:
-        if any(folder.iterdir()):
-            raise FileExistsError
-        (mark := folder / LOCK).touch(exist_ok=False)
-    except FileExistsError:
-        raise _appeared(folder) from None
-    try:  # it may be a mount point or the working directory, which cannot be replaced
-        yield folder
-        mark.unlink(missing_ok=True)
-    except BaseException:
-        with suppress(OSError):  # the error of the block says what is wrong
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        raise
+    # the folder itself stays: it may be a mount point or the working directory, which cannot be replaced
+    _move_up(folder / _NEW)  # for a process that was killed while it did so
+    if first := next((path.name for path in folder.iterdir() if not path.name.startswith(f".{_NEW}.")), None):
+        raise ConfigError(f"{folder} is not an empty directory (it has {first}); {_ANOTHER}")
+    with publishing(folder / _NEW) as temporary:
+        if others := {path.name for path in folder.iterdir()} - {temporary.parent.name}:
+            killed = f", or a process killed on another machine has left {min(others)} in it"
+            raise StoreError(f"{folder} is filled by another process{killed}, so nothing is written there; {_ANOTHER}")
+        yield temporary
+    _move_up(folder / _NEW)
+
+
+def _move_up(files: Path) -> None:
+    with writing(files.parent), suppress(FileNotFoundError):
+        for path in sorted(files.iterdir()):
+            with suppress(FileNotFoundError):  # another process, which took this one for killed, moves them too
+                path.rename(files.parent / path.name)
+        files.rmdir()
 
 
 def _of_writing(error: OSError, folder: Path) -> bool:

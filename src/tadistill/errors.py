@@ -4,6 +4,7 @@ Most classes also inherit from a built-in exception such as ValueError, so calle
 """
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,25 @@ def leads_nowhere(path: Path) -> str:
     if path.is_symlink() and not path.exists():
         return f"{path} is a link to {path.readlink()}, which does not exist; correct the link"
     return ""
+
+
+def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ()) -> str:
+    """Return the error sentence for a path that is in none of the `folders`.
+
+    The sentence names the target of a link that leads nowhere. Otherwise it suggests a similar name from these folders, if there is one.
+    It may be the name of a folder, or of a file with one of the `suffixes`.
+    """
+    searched = list(dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders))
+    try:
+        there = [folder for folder in searched if folder.is_dir()]
+        if broken := next(filter(None, (leads_nowhere(folder / path.name) for folder in there)), None):
+            return broken
+        names = [p.name for folder in there for p in folder.iterdir() if (p.is_dir() or p.suffix in suffixes) and p.name != path.name]
+    except OSError as error:  # a folder that cannot be read
+        return f"its folder cannot be read ({error.strerror}); correct the path"
+    if not there:
+        return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
+    return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {did_you_mean(path.name, names, 'correct the path')}"
 
 
 class Gathering:

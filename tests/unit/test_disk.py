@@ -11,7 +11,6 @@ from tadistill.disk import (
     digest,
     filling,
     from_home,
-    no_file,
     publishing,
     read_json,
     read_jsonl,
@@ -22,7 +21,7 @@ from tadistill.disk import (
     write_text,
     writing,
 )
-from tadistill.errors import ConfigError, StageFailed, StoreError
+from tadistill.errors import ConfigError, StageFailed, StoreError, no_file
 from tadistill.store import runs_directory
 
 
@@ -172,7 +171,7 @@ def test_a_folder_that_another_process_has_filled_is_said(tmp_path):
 
     with pytest.raises(StoreError, match=said):
         fill("second")
-    with pytest.raises(StoreError, match=said):  # it appeared before anything was copied
+    with pytest.raises(ConfigError, match=r"new is not an empty directory \(it has file\)"):
         fill("third")
     assert (target / "file").read_text() == "first"
     assert os.listdir(tmp_path) == ["new"]
@@ -209,10 +208,42 @@ def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
 def test_only_one_process_fills_an_empty_folder(tmp_path):
     """The files of two exports into one empty folder were mixed, and if one of them failed, those of both were deleted."""
     with filling(tmp_path) as folder:
-        with pytest.raises(StoreError, match="is filled by another process"), filling(tmp_path):
+        with pytest.raises(StoreError, match=r"is filled by another process, .* has left \.\.tadistill\.new\.\S+ in it"), filling(tmp_path):
             pass
+        folder.mkdir()
         (folder / "file").touch()
     assert os.listdir(tmp_path) == ["file"]
+    with pytest.raises(ConfigError, match=r"is not an empty directory \(it has file\)"), filling(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("killed", ["while it writes", "while it moves the files"])
+def test_a_killed_process_leaves_an_empty_folder_as_it_was(tmp_path, monkeypatch, killed):
+    """It left its files there, and the next export into this folder refused them."""
+    if not (process := os.fork()):
+        try:
+            with filling(tmp_path) as folder:
+                for name in ("a", "b"):
+                    folder.mkdir(exist_ok=True)
+                    (folder / name).write_text(name)
+                    if killed == "while it writes":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                monkeypatch.setattr("pathlib.Path.rmdir", lambda path: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)  # else this process would go on with the tests
+    os.waitpid(process, 0)
+    if killed == "while it writes":
+        assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+        with filling(tmp_path) as folder:
+            folder.mkdir()
+            (folder / "c").touch()
+        assert os.listdir(tmp_path) == ["c"]
+        return
+    (tmp_path / "b").rename(tmp_path / ".tadistill.new" / "b")  # as if it was killed between two files
+    with pytest.raises(ConfigError, match=r"is not an empty directory"), filling(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_what_a_process_on_another_machine_writes_is_not_deleted(tmp_path, monkeypatch):

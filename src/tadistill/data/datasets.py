@@ -20,8 +20,8 @@ from tadistill.config.data import World
 from tadistill.data import hub, tinyworld
 from tadistill.data.hub import NAMED
 from tadistill.data.rows import OPTIONAL, Example, example, where_of
-from tadistill.disk import no_file, sha256
-from tadistill.errors import DataError
+from tadistill.disk import sha256
+from tadistill.errors import DataError, no_file
 
 _SHOWN = 8
 """Largest number of files that a message names."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tadistill.disk import no_file
-from tadistill.errors import DataError, ModelError, TadistillError
+from tadistill.errors import DataError, ModelError, TadistillError, no_file
 
 _TEST_ONLY: dict[str, tuple[str, int | None, int | None]] = {"test": ("valid.jsonl", None, None)}
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tadistill import disk as files
 from tadistill.config import Recipe
-from tadistill.errors import ModelError
+from tadistill.errors import ModelError, no_file
 from tadistill.models import wheel_files
 from tadistill.models.model_files import (
     ADAPTER_WEIGHTS,
@@ -196,7 +196,7 @@ def _existing(name: str) -> Path:
     if path.is_file():
         raise ModelError(f"`{name}` is a file, but a directory is needed; write the directory: {path.parent}")
     if not path.is_dir():
-        raise ModelError(f"model directory `{name}` does not exist: {files.no_file(path, [path.parent])}")
+        raise ModelError(f"model directory `{name}` does not exist: {no_file(path, [path.parent])}")
     return path
 
 
@@ -268,7 +268,7 @@ def _fetch_adapter(adapter: Path, load: str, workers: int) -> Path:
 def _gguf_file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ModelError(f"GGUF file `{name}` does not exist: {files.no_file(path, [path.parent], ('.gguf',))}")
+        raise ModelError(f"GGUF file `{name}` does not exist: {no_file(path, [path.parent], ('.gguf',))}")
     if is_pointer(path):
         raise ModelError(f"GGUF file `{name}` is {POINTER}")
     return path

@@ -12,8 +12,8 @@ import yaml
 
 from tadistill.config.data import training_refs
 from tadistill.data.hub import NAMED
-from tadistill.disk import LOCK, filling, ordinary_permissions, read_json
-from tadistill.errors import ConfigError, StoreError
+from tadistill.disk import filling, ordinary_permissions, read_json
+from tadistill.errors import StoreError
 from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
 from tadistill.report.analysis import analyses
@@ -45,14 +45,9 @@ def export(results: Results, arm: str, seed: int | None, target: Path, *, name: 
         StoreError: the training is not finished, or a file cannot be copied.
     """
     source, chosen = trained_model(results.plan, results.store, arm, seed)
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{target} is not a directory; give the name of a new directory")
-    if first := next(target.glob("*"), None):
-        writer = ", which another export fills or a killed one has left" if (target / LOCK).exists() else ""
-        raise ConfigError(f"{target} is not an empty directory (it has {first.name}){writer}; give the name of a new directory")
-    card = model_card(results, arm, chosen, source, name or str(target))
     try:
         with filling(target) as folder:
+            card = model_card(results, arm, chosen, source, name or str(target))
             # earlier versions kept such files in finished stages
             shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(INCOMPLETE))
             tokens.name_ends(folder)
