@@ -1,19 +1,22 @@
 """Carry out the commands `tadistill judge` and `tadistill human`."""
 
+import datetime
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tadistill.config.evaluate import REFERENCE, BlindSheet, Judge
+from tadistill.disk import write_json
 from tadistill.errors import ConfigError, JudgeFailed
 from tadistill.judge.people import load_key, make_sheet, read_ratings, summarise_ratings, write_sheet
 from tadistill.judge.questions import Answers, Question, make_questions, read_answers
-from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all, estimate_requests, stopped, summarise, write_summary
+from tadistill.judge.scores import RequestEstimate, Row, Verdicts, ask, ask_all, estimate_requests, stopped, summarise
 from tadistill.models.chat_api import Unavailable, check_address, connect, knock
 from tadistill.models.chat_api_replies import Cache, open_cache
 from tadistill.results.study import find_study
@@ -108,6 +111,13 @@ def read_sheets(study: str, files: Sequence[Path], *, runs: Path | None, console
     return path
 
 
+def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
+    """Write the summary of the ratings to `path` (``judge-NAME.json``). The report of the study reads this file."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
+    write_json(path, content, allow_nan=False)
+
+
 def _ask(console: Terminal, questions: Sequence[Question], settings: Judge, cache: Cache, client: "OpenAI") -> Verdicts:
     columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -137,10 +147,10 @@ def _conclude(console: Terminal, verdicts: Verdicts, plan: RequestEstimate) -> N
             f"the endpoint refused {len(verdicts.refused)} of {counted(plan.questions, 'question')} ({reason}); these questions are left "
             "out"
         )
-    if verdicts.unasked:
+    for why, count in Counter(verdicts.unasked.values()).items():
         console.say(
-            f"{counted(len(verdicts.unasked), 'question was', 'questions were')} not asked, because the endpoint refused too many "
-            "questions of a test set in a row; correct its limits, then run the same command to ask the missing questions again"
+            f"{counted(count, 'question was', 'questions were')} not asked, because {why}; correct its limits, then run the same command "
+            "to ask the missing questions again"
         )
 
 

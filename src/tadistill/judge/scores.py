@@ -7,21 +7,18 @@ Axes: S training seeds, N prompts. An arm's row includes a prompt only if the ju
 and for every seed.
 """
 
-import datetime
 import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile, zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tadistill.config.evaluate import REFERENCE, Judge
-from tadistill.disk import write_json
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import Answers, Prompt, Question, in_order_of_asking, parse_scores, wordings
 from tadistill.models.chat_api import Refused, Reply, Unavailable, complete, estimated_tokens
@@ -34,11 +31,11 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 _TOKENS_A_REPLY = 50  # two numbers and a sentence; only for the estimate
-# Nothing more is asked if the endpoint has never answered and refuses so many questions, which are about prompts of all sets. The order is
-# random, because a filter or a limit can refuse all prompts of one place. If it refuses four fifths of the prompts, the first 50 are all
-# refused with a probability of 0.00001.
+# Nothing more is asked if the endpoint has never answered and refuses so many questions. Their order is random, because a filter or a limit
+# can refuse all prompts of one place. If it refuses four fifths of the prompts, the first 50 are all refused with a probability of 0.00001.
 _REFUSALS = 50
-# No more of a test set is asked if so many of its questions in a row are refused, and they are about 50 prompts or all.
+# No more of a test set is asked if so many of its questions in a row are refused, and they are about 50 prompts or all. After so many
+# refusals of any questions without an answer, one that was answered is asked again: if it is refused too, the endpoint refuses everything.
 _REFUSALS_IN_A_ROW = 200
 _SHARE = (0.0, 100.0)  # the bounds of a win rate
 
@@ -72,17 +69,15 @@ class RequestEstimate:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """The judge's scores. `scores` maps the text of a question to its scores (Assistant 1, Assistant 2).
-
-    `unparsed` has the texts of the questions to which no reply had readable scores.
-    """
+    """The judge's scores. `scores` maps the text of a question to its scores (Assistant 1, Assistant 2). `unparsed` has the texts of the
+    questions to which no reply had readable scores."""
 
     scores: dict[str, Scores] = field(default_factory=dict)
     unparsed: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     """Maps the text of a question to the reason why the endpoint refused it."""
-    unasked: set[str] = field(default_factory=set)
-    """The texts of the questions that were not asked, because the endpoint refused too many in a row."""
+    unasked: dict[str, str] = field(default_factory=dict)
+    """Maps the text of a question that was not asked to the reason, a clause."""
 
 
 def question_key(settings: Judge, text: str) -> str:
@@ -137,7 +132,8 @@ def ask_all(
         done = sum(_settled(text, settings, cache) for text in prompts)
         raise JudgeFailed(stopped(f"the endpoint failed: {run.failure}", done, len(prompts)))
     found = run.verdicts
-    found.unasked.update(prompts.keys() - found.scores.keys() - found.unparsed - found.refused.keys())
+    asked = found.scores.keys() | found.unparsed | found.refused.keys()
+    found.unasked.update({text: run.closed[name] for text, (name, _) in prompts.items() if text not in asked})
     return found
 
 
@@ -158,8 +154,10 @@ class _Run:
         """True after an answer of the endpoint, in this run or an earlier one."""
         self.refused = set[str]()
         """The questions of which the endpoint has answered no wording in this run."""
-        self.closed = set[str]()
-        """The test sets of which no more questions are asked."""
+        self.without_answer, self.sample = 0, ""
+        """The number of refusals since the last answer of this run, and the text that it answered."""
+        self.closed: dict[str, str] = {}
+        """Maps each test set of which no more questions are asked to the reason."""
 
     def settle_all(self, texts: Sequence[str]) -> None:
         self.stop = threading.Event()
@@ -179,7 +177,7 @@ class _Run:
                 if reply is None:
                     return
                 self.cache.put(key, reply)
-                self.answered, count = True, False
+                self.answered, count, self.sample, self.without_answer = True, False, asked, 0
             found = parse_scores(reply.text)
             if found is not None:
                 break
@@ -192,14 +190,20 @@ class _Run:
 
     def _request(self, text: str, asked: str, count: bool) -> Reply | None:
         try:
-            return self.ask(asked)
-        except Refused as error:
-            with self.lock:
-                self.verdicts.refused[text] = str(error)
-                self.tick()
-                if count:
-                    self._count(text)
-            return None
+            try:
+                return self.ask(asked)
+            except Refused as error:
+                with self.lock:
+                    self.verdicts.refused[text] = str(error)
+                    self.tick()
+                    if count:
+                        self._count(text)
+                    self.without_answer += 1
+                    doubt = self.without_answer >= _REFUSALS_IN_A_ROW and self.sample and self.closed.keys() != self.rows.keys()
+                    self.without_answer = 0 if doubt else self.without_answer
+                if doubt:
+                    self._ask_again()
+                return None
         except Unavailable as error:
             self.fail(str(error))
             raise
@@ -214,7 +218,15 @@ class _Run:
         if len(in_a_row) >= _REFUSALS_IN_A_ROW:
             here, of_set = (len({self.prompts[each] for each in texts}) for texts in (in_a_row, row))
             if here >= min(_REFUSALS, of_set):
-                self.closed.add(name)
+                self.closed[name] = "the endpoint refused too many questions of a test set in a row"
+
+    def _ask_again(self) -> None:
+        try:
+            self.ask(self.sample)
+        except Refused:
+            why = "the endpoint refuses everything, also a question that it had answered"
+            with self.lock:
+                self.closed = dict.fromkeys(self.rows, why) | self.closed
 
     def fail(self, reason: str) -> None:
         with self.lock:
@@ -277,13 +289,6 @@ def ratio_interval(strata_SN2: Sequence[Array]) -> tuple[float, float]:
         ratio = arm_SN.sum() / other_SN.sum()
         linear.append((ratio + (arm_SN - ratio * other_SN) / other_SN.mean())[..., None])
     return macro_interval(linear, bounds=(0.0, np.inf))
-
-
-def write_summary(path: Path, *, mode: str, judge: str, arms: Sequence[str], rows: Sequence[Row], command: str, **more: Any) -> None:
-    """Write the summary of the ratings to `path` (``judge-NAME.json``). The report of the study reads this file."""
-    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    content = {"mode": mode, "judge": judge, "arms": list(arms), "rows": list(rows), **more, "created": created, "command": command}
-    write_json(path, content, allow_nan=False)
 
 
 def pair_rows(arm: str, other: str, strata_SN: Mapping[str, Array]) -> list[Row]:

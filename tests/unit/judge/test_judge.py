@@ -280,7 +280,7 @@ def test_a_filter_that_refuses_the_first_prompts_of_many_does_not_stop_the_other
     memory = Memory()
     for _ in range(2):
         found, _, complete = ask_about({"dolly": 100}, lambda name, index, number: index < refused, memory=memory)
-        assert (complete, len(found.refused), found.unasked) == (100 - refused, 2 * refused, set())
+        assert (complete, len(found.refused), found.unasked) == (100 - refused, 2 * refused, {})
 
 
 @pytest.mark.parametrize("prompts", [50, 100])
@@ -292,7 +292,7 @@ def test_a_set_that_is_refused_at_once_does_not_stop_one_that_is_answered_slowly
 
 def test_refusals_that_come_before_slow_answers_do_not_close_a_set():
     found, _, complete = ask_about({"a": 300}, lambda name, index, number: index % 5 > 0, jobs=32, seconds=0.02)
-    assert (complete, found.unasked) == (60, set())
+    assert (complete, found.unasked) == (60, {})
 
 
 def test_a_small_set_is_among_the_first_questions():
@@ -321,7 +321,7 @@ def test_the_first_questions_about_each_set_are_about_several_arms():
 def test_refused_reminders_do_not_close_a_set():
     """The endpoint answers each question, but without scores, and refuses the longer text."""
     found, _, _ = ask_about({"dolly": 300}, lambda name, index, number: False, reply="Both are lovely.")
-    assert (len(found.refused), found.unasked) == (600, set())
+    assert (len(found.refused), found.unasked) == (600, {})
 
 
 def test_an_interrupted_run_behind_many_filtered_prompts_asks_the_others():
@@ -337,7 +337,7 @@ def test_an_interrupted_run_behind_many_filtered_prompts_asks_the_others():
     with pytest.raises(JudgeFailed, match="the endpoint failed: it answers 429"):
         ask_about({"dolly": 300}, refused, memory=memory)
     found, _, complete = ask_about({"dolly": 300}, lambda name, index, number: index % 5 > 0, memory=memory)
-    assert (complete, found.unasked) == (60, set())
+    assert (complete, found.unasked) == (60, {})
 
 
 def test_saved_replies_show_that_the_endpoint_does_not_refuse_everything(judged):
@@ -381,9 +381,32 @@ def test_an_endpoint_that_begins_to_refuse_everything_leaves_complete_prompts(pr
         left -= 1
         return left < 0
 
-    found, _, complete = ask_about({"dolly": prompts}, refused, questions=questions)
+    found, sent, complete = ask_about({"dolly": prompts}, refused, questions=questions)
     assert (complete, len(found.scores)) == (whole, answers)
-    assert len(found.refused) <= max(200, questions * 50)
+    assert len(found.refused) <= 200  # it was asked all questions about the group, up to 99 prompts
+    assert len(sent) <= answers + 201
+    if prompts == 99:  # in the others, the set itself ends at the same time, or before
+        assert {*found.unasked.values()} == {"the endpoint refuses everything, also a question that it had answered"}
+
+
+def test_an_endpoint_that_is_gone_when_a_question_is_asked_again_is_a_failure():
+    left = 100
+
+    def refused(name, index, number):
+        nonlocal left
+        left -= 1
+        if left < -200:
+            raise Unavailable("it cannot be reached")
+        return left < 0
+
+    with pytest.raises(JudgeFailed, match="the endpoint failed: it cannot be reached; 100 of 1200 questions are answered and saved"):
+        ask_about({"dolly": 100}, refused, questions=12)
+
+
+def test_arms_that_are_refused_in_a_row_are_asked_if_another_question_is_still_answered():
+    found, sent, complete = ask_about({"dolly": 60}, lambda name, index, number: index % 10 > 0, questions=60)
+    assert (complete, found.unasked) == (6, {})
+    assert len(sent) - len(set(sent)) < 3600 / 200  # each is one request more
 
 
 def test_reminders_of_an_earlier_run_that_are_refused_close_a_set():
@@ -438,7 +461,7 @@ def test_questions_that_were_not_asked_are_counted(judged, monkeypatch):
     monkeypatch.setattr("tadistill.judge.scores._REFUSALS_IN_A_ROW", 4)
     with serve(lambda number, text: honest(number, text) if number < 8 else error(400, "filtered")) as fake:
         assert judged(fake.url, sets=["dolly"], jobs=1)["missing"] == 8  # the first two prompts are answered
-    text = "4 questions were not asked, because the endpoint refused too many questions of a test set in a row"
+    text = "4 questions were not asked, because the endpoint refused too many questions of a test set in a row; correct its limits"
     assert text in " ".join(judged.said.split())
 
 
