@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config.common import Decoding
-from tadistill.config.remote import Api
+from tadistill.config.remote import NOT_SENT, Api
 from tadistill.errors import ConfigError, ServerFailed
 from tadistill.models.chat_api import PUBLIC, Refused, Reply, Unavailable, complete, connect
 from tadistill.models.chat_api_replies import Cache, in_threads
@@ -33,7 +33,10 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 """Seconds to wait before a failed request is sent again: the first number after its first failure, and so on."""
 LONGEST_WAIT = 600.0
 """Longest wait (Retry-After) in seconds that an API may demand. If it demands a longer one, the stage ends."""
-_REFUSALS = 3  # after so many refusals without any answer, the API is assumed to refuse every request
+# After so many refusals without any answer, the API is assumed to refuse every request. Requests are sent in a random order, because a
+# filter or a limit can refuse all rows of one place. If it refuses three quarters of the rows, the first 30 are all refused with a
+# probability of 0.0002. Fewer are enough if the API names a setting that it does not accept.
+_REFUSALS, _REFUSALS_OF_A_SETTING = 30, 3
 _SEEDS = 2**31  # seeds are below this number, because some servers accept no larger seed
 _SHOWN = 5  # largest number of rows that a message names
 
@@ -160,7 +163,7 @@ class Asking:
             ServerFailed: the API stopped answering, or some rows got no usable answer. All answers so far are kept.
         """
         distinct = {request.key: request for request in reversed(wanted)}
-        missing = [request for request in distinct.values() if self.cache.get(request.key) is None][::-1]
+        missing = sorted((r for r in distinct.values() if self.cache.get(r.key) is None), key=lambda r: r.key)  # random: keys are digests
         self.known = sum(self.cache.get(request.key) is not None for request in wanted)
         look(self.known)
         if missing:
@@ -207,12 +210,14 @@ class Asking:
             self.answered += 1
 
     def _refused(self, request: Request, why: str) -> None:
+        named = [name for name in NOT_SENT if name in request.body and re.search(rf"\b{name}\b", why)]
         with self.lock:
             self.failed[request.line or request.row] = why
             self.noun = "line" if request.line else "row"
-            all_refused = not (self.known or self.answered) and len(self.failed) >= _REFUSALS
+            enough = len(self.failed) >= (_REFUSALS_OF_A_SETTING if named else _REFUSALS)
+            all_refused = enough and not (self.known or self.answered)
         if all_refused:
-            fix = " (if it does not accept a setting, name the setting in `api.omit`)" if "400" in why or "422" in why else ""
+            fix = f" (if it does not accept `{named[0]}`, write `omit: [{named[0]}]` below `api`)" if named else ""
             self._end(f"it has given no usable answer so far, because {why}{fix}")
             raise Unavailable(why)
 

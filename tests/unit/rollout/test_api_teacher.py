@@ -160,9 +160,39 @@ def test_rows_that_are_refused_again_do_not_stop_a_continued_run(tmp_path):
 
 def test_settings_that_are_refused_end_the_stage_at_once(tmp_path):
     with serve(lambda number, text: error(422, "extra field `seed`")) as fake:
-        with pytest.raises(ServerFailed, match=r"no usable answer so far.*seed.*api\.omit.*0 of 6 answers"):
+        with pytest.raises(
+            ServerFailed, match=r"no usable answer so far.*accept `seed`, write `omit: \[seed\]` below `api`\); 0 of 6 answers"
+        ):
             asked(fake, tmp_path / "a.jsonl", requests=1)
         assert len(fake.asked) == 3
+        with pytest.raises(ServerFailed, match="gives no usable answer to rows 1, 2, 3, 4, 5 and 1 more"):
+            asked(fake, tmp_path / "a.jsonl", requests=1, omit=("seed",))  # `seed` is in its message, but was not sent
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        error(400, "This model's maximum context length is 4096 tokens"),
+        error(400, "The response was filtered"),
+    ],
+)
+def test_rows_that_are_refused_first_do_not_stop_the_others(tmp_path, fault):
+    """After the first three rows, the command ended, however often it was repeated, and blamed a setting."""
+    prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
+    filtered = {f"Say {i}" for i in range(40)}
+    with serve(lambda number, text: fault if text in filtered else honest(number, text)) as fake:
+        with pytest.raises(ServerFailed, match="gives no usable answer to rows 1, 2, 3, 4, 5 and 35 more") as caught:
+            asked(fake, tmp_path / "a.jsonl", prompts)
+        assert "20 of 60 answers are saved" in str(caught.value)
+        assert "omit" not in str(caught.value)
+
+
+def test_an_api_that_refuses_every_row_is_asked_few_rows(tmp_path):
+    prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
+    with serve(lambda number, text: error(400, "billing hard limit reached")) as fake:
+        with pytest.raises(ServerFailed, match=r"so far, because it answers 400 \(billing hard limit reached\); 0 of 60 answers are saved"):
+            asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+        assert len(fake.asked) == 30
 
 
 def test_cut_answers_are_marked(tmp_path):
