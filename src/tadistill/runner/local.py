@@ -29,7 +29,7 @@ SEARCH = "search.json"
 ADVICE = "advice.json"
 """Name of a study's file with the result of `tadistill advise`."""
 _RECORDS = "local"
-_LATE = ("search", "advise")  # commands whose result names their stages; others write plan.json before
+_RESULTS = {"search": SEARCH, "advise": ADVICE}  # of commands whose result names their stages; others write plan.json before
 _EVERY = 5.0
 """The record is written again after this number of seconds, even if no stage has started or ended."""
 _SILENT, _PLANNING = 120.0, 3600.0
@@ -135,6 +135,8 @@ def planning(study: Path) -> Iterator[None]:
     path = _record(study, run)
     new = [folder for folder in path.parents if not folder.exists()]  # from the lowest to the highest
     with contextlib.suppress(StoreError):  # the plan cannot be written either, and its error says so
+        for old in local_runs(study):
+            _keep_stages(study, old)  # before a record of an earlier process with the same id is replaced
         write_json(path, asdict(run))
     try:
         yield
@@ -170,6 +172,23 @@ def unfinished_stages(study: Path, verb: str) -> list[str]:
         return []
 
 
+def _keep_stages(study: Path, run: LocalRun) -> None:
+    """Name the stages of an ended run in VERB-stages.json, if its result is not written. Earlier versions named them only in its record."""
+    if run.verb in _RESULTS and run.state != "running":
+        try:
+            written = (study / _RESULTS[run.verb]).stat().st_mtime
+        except OSError:
+            written = 0.0
+        if run.seen >= written:
+            _name_stages(study, run)
+
+
+def _name_stages(study: Path, run: LocalRun) -> None:
+    known = unfinished_stages(study, run.verb)
+    if not {*run.needs} <= {*known}:
+        write_json(_stages(study, run.verb), {"stages": [*dict.fromkeys([*known, *run.needs])]})
+
+
 class Journal:
     """Writes run.log and the record of this process's run. If the files cannot be written, this is reported once, and the run goes on."""
 
@@ -178,13 +197,17 @@ class Journal:
         self.run = _this_process(done=done, total=total)
         self._start, self._written = time.monotonic(), float("-inf")
         self.run.needs = list(needs)
-        if (verb := self.run.verb) in _LATE:
-            self._write(_stages(study, verb), {"stages": [*dict.fromkeys([*unfinished_stages(study, verb), *self.run.needs])]})
-        for old in local_runs(study):
-            own = old.name == self.run.name and old.born == self.run.born  # of an earlier round of a search
-            if old.state != "running" and not own:
-                with contextlib.suppress(OSError):  # if nothing can be written, `save` says so
-                    _record(study, old).unlink(missing_ok=True)
+        try:
+            if self.run.verb in _RESULTS:
+                _name_stages(study, self.run)
+            for old in local_runs(study):
+                own = old.name == self.run.name and old.born == self.run.born  # of an earlier round of a search
+                if old.state != "running" and not own:
+                    _keep_stages(study, old)
+                    with contextlib.suppress(OSError):  # if nothing can be written, `save` says so
+                        _record(study, old).unlink(missing_ok=True)
+        except StoreError as error:
+            self._failed(study / _RECORDS, error)
 
     def log(self, text: str) -> None:
         """Add a line to run.log."""
@@ -194,7 +217,7 @@ class Journal:
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            self._failed(self.folder / LOG, error.strerror or str(error))
+            self._failed(self.folder / LOG, error.strerror or error)
 
     @property
     def due(self) -> bool:
@@ -209,15 +232,13 @@ class Journal:
     def save(self) -> None:
         self._written, self.run.seen = time.monotonic(), time.time()
         self.run.seconds = self.seconds
-        self._write(_record(self.folder, self.run), asdict(self.run))
-
-    def _write(self, path: Path, content: dict) -> None:
+        path = _record(self.folder, self.run)
         try:
-            write_json(path, content)
+            write_json(path, asdict(self.run))
         except StoreError as error:
-            self._failed(path, str(error))
+            self._failed(path, error)
 
-    def _failed(self, path: Path, reason: str) -> None:
+    def _failed(self, path: Path, reason: object) -> None:
         if not self._told:
             self._told = True
             self._complain(

@@ -185,8 +185,29 @@ def test_a_run_does_not_delete_what_alone_names_the_stages_of_a_search(study, mo
     assert local.unfinished_stages(study, verb) == ["a", "b"]
     local.result_written(study, "judge")
     assert ended(f"{verb} small.yaml", "a", "e") == ["a", "b", "e"]  # it has not come to stage b yet
+    write_json(study / f"{'advice' if verb == 'advise' else verb}.json", {"stages": ["a", "e"]})
     local.result_written(study, verb)
     assert ended("run small.yaml", "f") == []
+
+
+@pytest.mark.parametrize("same_process", [False, True])
+@pytest.mark.parametrize("command", ["run", "search"])
+def test_the_stages_of_a_search_that_an_earlier_version_began_are_kept(study, monkeypatch, command, same_process):
+    """Only the record of its process named them, and the next command deleted it."""
+    monkeypatch.setattr("sys.argv", ["tadistill", "search", "small.yaml"])
+    old = journal(study)
+    old.run.born, old.run.needs, old.run.ended = "earlier", ["a", "b"], "interrupted"
+    old.run.host = old.run.host if same_process else "elsewhere"
+    old.save()
+    assert local.unfinished_stages(study, "search") == []
+    monkeypatch.setattr("sys.argv", ["tadistill", command, "small.yaml"])
+    if command == "run":  # a search has no plan.json
+        with local.planning(study):
+            assert local.unfinished_stages(study, "search") == ["a", "b"]
+    new = Journal(study, done=0, total=2, complain=pytest.fail, needs=["c"])
+    new.save()
+    assert local.unfinished_stages(study, "search") == ["a", "b", *["c"] * (command == "search")]
+    assert [run.needs for run in local_runs(study)] == [["c"]]
 
 
 def test_an_old_record_that_cannot_be_deleted_ends_nothing(study, monkeypatch):
