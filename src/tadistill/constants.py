@@ -8,8 +8,8 @@ TILE_BYTES = 144 * 2**20
 TILE_ROWS = 384
 """Maximum number of tokens in one matrix product of the fused loss on a CPU. More tokens would need more memory and save no time."""
 OBJECTIVE = 3
-"""Size of an objective's temporary tensors on a GPU, as a multiple of the logits of student and teacher. Measured on an H200: 1.6 for
-reverse KL and 3.1 for the Jensen-Shannon divergence (docs/benchmarks/gpu.md)."""
+"""Largest size of an objective's temporary tensors on a GPU, as a multiple of the logits of student and teacher. It is 1 for reverse KL
+and 2.5 for the Jensen-Shannon divergence, from models whose heads have no bias."""
 STAGES_PER_GPU = "TADISTILL_STAGES_PER_GPU"
 """Environment variable of a stage's process: how many stages may use its GPU at the same time. `runner.processes` sets it."""
 GENERATION_BATCH = 64

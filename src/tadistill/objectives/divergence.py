@@ -9,12 +9,18 @@ The most used divergences have a second function, NAME_with_slope, with the same
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from tadistill.constants import LOG_ZERO
 from tadistill.objectives import checks
+
+_VECDOT = ("cpu",)  # `vecdot` allocates no tensor for the products. On a GPU it is a matrix product, which may round float32 to TF32.
+_finite = ContextVar("_finite", default=False)
 
 # Slopes: with g = dD/dq of a divergence D at constant p, the gradient through the softmax is q (g - sum_v q g), where v is a token.
 # Terms of g that do not depend on v cancel. The tests compare every slope with autograd through the plain function.
@@ -24,8 +30,22 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log softmax(logits / temperature) in at least float32. Log-probabilities of -inf become the finite value `LOG_ZERO`."""
     checks.tensor("logits", logits)
     checks.number("temperature", temperature)
-    finite = at_least_float32(logits).clamp(min=LOG_ZERO)
+    finite = at_least_float32(logits) if _are_finite() else at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
+
+
+@contextmanager
+def finite_logits(known: bool) -> Iterator[None]:
+    """Inside the `with` block, the objectives here do not replace logits of -inf, if it is `known` that there are none."""
+    token = _finite.set(known)
+    try:
+        yield
+    finally:
+        _finite.reset(token)
+
+
+def _are_finite() -> bool:
+    return not torch.compiler.is_compiling() and _finite.get()  # in this order: torch cannot compile a context variable
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -51,9 +71,9 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
     """Return `forward_kl` and its slope: the gradient with respect to the student's logits. The slope is 0 where a logit is -inf."""
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     p = log_p.exp()
-    value = dot(p, log_p.sub_(log_q))
-    slope = log_q.exp_().sub_(p).masked_fill_(student_logits < LOG_ZERO, 0)  # q - p
-    return value, _over(slope, temperature)
+    value = dot(p, log_p.sub_(log_q), keep=False)
+    slope = log_q.exp_().sub_(p)  # q - p
+    return value, _over(slope if _are_finite() else slope.masked_fill_(student_logits < LOG_ZERO, 0), temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -76,9 +96,7 @@ def reverse_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
 def reverse_kl_in_place(log_q: Tensor, log_p: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return what `reverse_kl_with_slope` returns, from the log-probabilities (..., V) of student and teacher. Both are overwritten."""
     gap = torch.sub(log_q, log_p, out=log_p)  # g
-    q = log_q.exp_()
-    value = dot(q, gap)
-    return value, through_softmax(q, gap, value, temperature)
+    return through_softmax(log_q.exp_(), gap, temperature)
 
 
 def jeffreys(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -126,11 +144,9 @@ def jensen_shannon_with_slope(
     p, q = log_p.exp(), log_q.exp()
     # logaddexp would take as long as all other operations here. Where the sum underflows, p and q are 0, so the clamp changes nothing.
     log_m = torch.lerp(q, p, beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
-    of_teacher = dot(p, log_p.sub_(log_m))
-    gap = log_q.sub_(log_m)
-    of_student = dot(q, gap)
+    of_teacher = dot(p, log_p.sub_(log_m), keep=False)
     # g = (1 - beta) (log q - log m); the part of the gradient that goes through m cancels
-    slope = through_softmax(q, gap, of_student, temperature)
+    of_student, slope = through_softmax(q, log_q.sub_(log_m), temperature)
     return beta * of_teacher + (1 - beta) * of_student, slope.mul_(1 - beta)
 
 
@@ -156,9 +172,9 @@ def skew_forward_kl_with_slope(
         return forward_kl_with_slope(student_logits, teacher_logits, temperature=temperature)
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
     gap = torch.sub(log_p, mixture(log_p, log_q, alpha))
-    value = dot(log_p.exp_(), gap)
+    value = dot(gap, log_p.exp_(), keep=False)
     g, q = gap.exp_().mul_(alpha - 1), log_q.exp_()  # g = -(1 - alpha) p / m
-    return value, through_softmax(q, g, dot(q, g), temperature)
+    return value, through_softmax(q, g, temperature)[1]
 
 
 def skew_reverse_kl(
@@ -191,7 +207,7 @@ def skew_reverse_kl_with_slope(
     value = dot(q, gap)
     # g = log q - log m - alpha q / m; a detached mixture adds no last term
     g = gap if detach_mixture else gap.sub_(gap.exp(), alpha=alpha)
-    return value, through_softmax(q, g, dot(q, g), temperature)
+    return value, through_softmax(q, g, temperature)[1]
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -234,16 +250,21 @@ def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
 
 
-def through_softmax(q: Tensor, g: Tensor, mean: Tensor, temperature: float) -> Tensor:
-    """Return the gradient (..., V) with respect to logits z: q (g - mean) / temperature, where q = softmax(z / temperature). `g` is the
-    gradient with respect to q, and is overwritten. `mean` (...) is `dot(g, q)`."""
-    return _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
+def through_softmax(q: Tensor, g: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the mean sum_v q g (...), and the gradient q (g - mean) / temperature (..., V) with respect to the logits z, where
+    q = softmax(z / temperature). `g` (..., V) is the gradient with respect to q, and is overwritten."""
+    if g.device.type in _VECDOT:
+        mean = torch.linalg.vecdot(q, g)
+        return mean, _over(g.sub_(mean.unsqueeze(-1)).mul_(q), temperature)
+    mean = g.mul_(q).sum(-1)  # the products q g are written once, and become the gradient
+    return mean, _over(g.addcmul_(q, mean.unsqueeze(-1), value=-1), temperature)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sum of a * b over the last axis."""
-    # `vecdot` allocates no tensor for the products. On a GPU it is a matrix product, which may round float32 to TF32.
-    return torch.linalg.vecdot(a, b) if a.device.type == "cpu" else (a * b).sum(-1)
+def dot(a: Tensor, b: Tensor, *, keep: bool = True) -> Tensor:
+    """Return the sum of a * b over the last axis. `keep=False` allows to overwrite b."""
+    if a.device.type in _VECDOT:
+        return torch.linalg.vecdot(a, b)
+    return (a * b if keep else b.mul_(a)).sum(-1)
 
 
 def _over(slope: Tensor, temperature: float) -> Tensor:

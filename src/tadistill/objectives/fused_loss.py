@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import wide
+from tadistill.objectives.divergence import finite_logits, wide
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.sparse import Sampled, TopK
 from tadistill.objectives.targets import (
@@ -328,7 +328,8 @@ def _small(plan: _Plan, weights: Tensor, logits: Tensor, teachers: list[Any], ro
     part, paired = plan.part, zip(plan.part.teachers, teachers, strict=True)
     targets = tuple(t.head.shape(own) if isinstance(t, Hidden) else own for t, own in paired)
     if wanted and part.slopes is not None and plan.head.plain:
-        with checks.deferred():
+        whole = all(isinstance(t, Hidden) and t.head.bias is None for t in part.teachers)  # no product of a head is -inf, but a bias may be
+        with checks.deferred(), finite_logits(whole and plan.head.bias is None):
             values, slope = part.slopes(logits, targets, rows, weights)
         if part.weighted:
             out.copy_(slope)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import at_least_float32, dot, through_softmax, wide
+from tadistill.objectives.divergence import at_least_float32, through_softmax, wide
 from tadistill.objectives.fused_loss import Part, fused_parts
 from tadistill.objectives.spelling import SpelledText
 from tadistill.objectives.targets import Head, Hidden
@@ -305,8 +305,8 @@ class _Walk:
         probs, sizes = self._probs(logits), kind.sizes[kind.which[rows]]
         each = slopes[kind.rows[rows], : sizes.shape[1]].flatten().repeat_interleave(sizes.flatten(), output_size=logits.numel())
         each = each.view(logits.shape).index_select(1, kind.back)
-        mean = dot(each, probs)
-        return mean.unsqueeze(0), through_softmax(probs, each, mean, self.temperature)
+        mean, slope = through_softmax(probs, each, self.temperature)
+        return mean.unsqueeze(0), slope
 
     def nodes(self, sums: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
         """Return two tensors (R, width): the probabilities of the next symbol at each node, and True for each symbol that completes a token

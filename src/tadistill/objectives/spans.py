@@ -36,7 +36,7 @@ from torch import Tensor
 from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import at_least_float32, dot, through_softmax
+from tadistill.objectives.divergence import at_least_float32, through_softmax
 from tadistill.objectives.fused_loss import Part, fused_parts, fused_terms, part_of
 from tadistill.objectives.next_symbol import LEAST, SpelledPair, symbol_divergence, tensor_of
 from tadistill.objectives.sampled import TokenTerm
@@ -245,7 +245,7 @@ def _first_cells(
         others = _cell_sums(targets[0] / temperature, other, len(first))[1]
         found, slope = WITH_SLOPE[divergence](cell_logits(mass, rows), cell_logits(others, rows), **parameters)
         each = torch.where(mass < LEAST, 0.0, slope / mass.clamp(min=LEAST)).index_select(1, own)
-        return found.unsqueeze(0), through_softmax(probs, each, dot(each, probs), temperature) * weights.t()
+        return found.unsqueeze(0), through_softmax(probs, each, temperature)[1] * weights.t()
 
     spans = tensor_of(pair.student.spans[mine.token[kept]], device)
     target = Hidden(teacher.states[tensor_of(theirs.token[kept], device)], teacher.head, len(vocabularies[1].cells))

@@ -302,14 +302,26 @@ def test_what_is_frozen_gets_no_gradient():
         assert not fused_divergence(forward_kl, hidden, frozen, target)[0].requires_grad
 
 
-def test_impossible_tokens_in_the_teachers_logits():
+@pytest.mark.parametrize("where", ["teacher's logits", "teacher's head", "student's head"])
+def test_impossible_tokens(where):
     hidden, head, leaves = student()
+    biases = {"teacher's head": drawn(V, seed=51), "student's head": head.bias.detach().clone()}
     logits = drawn(*TOKENS, V, seed=50)
-    logits[..., 3] = -math.inf
+    target = Hidden(teacher(V).states, Head(teacher(V).head.weight, biases["teacher's head"]))
+    if where == "teacher's logits":
+        logits[..., 3], target = -math.inf, logits
+    else:
+        biases[where][3] = -math.inf
+    head, leaves = Head(head.weight, biases["student's head"].requires_grad_()), leaves[:3]
     for objective in (forward_kl, reverse_kl, jensen_shannon):
-        total, values = fused_divergence(objective, hidden, head, logits)
-        assert torch.isfinite(values).all()
-        assert all(torch.isfinite(g).all() for g in slopes(total, leaves))
+        total, values = fused_divergence(objective, hidden, head, target)
+        whole = target if isinstance(target, torch.Tensor) else target.head.logits(target.states)
+        expected = objective(head.logits(hidden), whole)
+        close(values, expected.detach())
+        for found, other in zip(slopes(total, leaves), slopes(expected.sum(), leaves), strict=True):
+            assert torch.isfinite(found).all()
+            scale = other.abs().max()
+            close(found / scale, other / scale)
 
 
 @pytest.mark.parametrize("objective", [forward_kl, reverse_kl, jensen_shannon])

@@ -1,12 +1,16 @@
 """The slopes of NAME_with_slope against autograd through the plain functions."""
 
+import weakref
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tadistill import objectives
+from tadistill.constants import OBJECTIVE
 from tadistill.errors import ConfigError
+from tadistill.objectives import divergence
 from tadistill.objectives.sampled import token_loss_with_slope
 from tadistill.objectives.targets import WITH_SLOPE, TeacherTerm
 
@@ -56,24 +60,31 @@ def test_every_entry_is_tried():
     assert not TeacherTerm("", objectives.total_variation).has_slope(())
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def products(request, monkeypatch):
+    """How sums of products are computed: by `vecdot`, as on a CPU, or in place, as on a GPU."""
+    if request.param == "gpu":
+        monkeypatch.setattr(divergence, "_VECDOT", ())
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("case", CASES, ids=shown)
-def test_equals_autograd(case, temperature):
+def test_equals_autograd(case, temperature, products):
     student, teacher = draw(7, 33)
     before = student.clone(), teacher.clone()
     case = cut(case, 7)
-    for found, expected in zip(
-        with_slope(case)(student, teacher, temperature=temperature),
-        by_autograd(case, student, teacher, temperature=temperature),
-        strict=True,
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+    expected = by_autograd(case, student, teacher, temperature=temperature)
+    for known in (False, True):
+        with divergence.finite_logits(known):
+            found = with_slope(case)(student, teacher, temperature=temperature)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
     assert torch.equal(student, before[0])
     assert torch.equal(teacher, before[1])
 
 
 @pytest.mark.parametrize("case", CASES, ids=shown)
-def test_impossible_tokens(case):
+def test_impossible_tokens(case, products):
     student, teacher = draw(3, 9)
     student[0, 4] = student[1, 2] = teacher[1, 2] = teacher[2, 5] = -torch.inf
     case = cut(case, 3)
@@ -99,3 +110,30 @@ def test_a_bad_parameter_is_refused():
     for name, parameter in (("jensen_shannon", "beta"), ("skew_forward_kl", "alpha"), ("skew_reverse_kl", "alpha")):
         with pytest.raises(ConfigError, match=parameter):
             WITH_SLOPE[getattr(objectives, name)](student, teacher, **{parameter: 1.5})
+
+
+class Peak(TorchDispatchMode):
+    """The largest size in bytes of all tensors that were made in the `with` block and were alive together."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.alive = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in (t.untyped_storage() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)):
+            if made.data_ptr() not in self.alive:
+                self.alive[made.data_ptr()] = made.nbytes()
+                weakref.finalize(made, self.alive.pop, made.data_ptr(), None)
+        self.bytes = max(self.bytes, sum(self.alive.values()))
+        return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=shown)
+def test_temporary_tensors_on_a_gpu_are_within_the_planned_size(case, monkeypatch):
+    monkeypatch.setattr(divergence, "_VECDOT", ())
+    student, teacher = draw(7, 4096)
+    with objectives.checks.deferred(), divergence.finite_logits(True), Peak() as peak:
+        with_slope(cut(case, 7))(student, teacher)
+    share = peak.bytes / (student.nbytes + teacher.nbytes)
+    assert share <= {"reverse_kl": 1.01, "jensen_shannon": 2.51}.get(case.func.__name__, OBJECTIVE)
