@@ -3,10 +3,14 @@
 The first screen has the question, the answer, one figure and a table of arms. Each section below begins with its main finding. Tables and
 definitions are closed until the reader opens them.
 
+Long parts are packed, and ``templates/unpack.js`` unpacks them: the page of 200 arms has 1 MB in place of 9.
+
 To add a section, add three things: its heading and its entry in `findings.sections`; its block in ``templates/report.html.j2``; and its
 numbers, which `results_json` collects.
 """
 
+import base64
+import gzip
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -47,6 +51,8 @@ from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
 from tadistill.text import counted, visible
 
+_LONG = 250_000  # characters
+
 
 @dataclass(frozen=True)
 class ArmRow:
@@ -78,7 +84,7 @@ class ArmGroup:
 
 def render_page(results: Results) -> str:
     environment = charts.html_templates("tadistill.report")
-    environment.filters.update(embedded=charts.embedded, prose=_prose)
+    environment.filters.update(embedded=charts.embedded, prose=_prose, packed=_packed)
     shown = {**_first(results), **_sections(results), **_samples(results, samples(results))}
     return environment.get_template("report.html.j2").render(charts=charts, **shown)
 
@@ -262,6 +268,11 @@ def _samples(results: Results, found: Samples) -> dict[str, Any]:
 def markup(figure: Chart | None) -> Markup | None:
     """Return the HTML of a figure, or None if there is no figure."""
     return figure.html() if figure else None
+
+
+def _packed(part: str) -> str:
+    """Return the gzip of a long part in base64, or an empty text for a short one, which stands in the page as it is."""
+    return base64.b64encode(gzip.compress(part.encode(), mtime=0)).decode() if len(part) > _LONG else ""
 
 
 def _markups(panels: Mapping[str, Chart]) -> dict[str, Markup]:

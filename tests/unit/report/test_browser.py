@@ -99,6 +99,22 @@ def test_page_in_a_browser(browser, shared):
     opened.assert_quiet()
 
 
+def test_a_packed_page_is_the_same_in_a_browser(browser, shared, monkeypatch):
+    def shown(path: Path) -> tuple[str, int]:
+        opened = Opened(browser, path, fragment="#behaviour&hide=direct")
+        opened.page.wait_for_function("!document.querySelector('[data-waits]') && document.querySelector('#sample-answers article')")
+        opened.page.wait_for_function("scrollY > 0 && document.querySelector('#behaviour').getBoundingClientRect().top < innerHeight")
+        opened.unfold()
+        text, off = opened.page.locator("body").inner_text(), opened.page.locator("[data-arm].off").count()
+        opened.assert_quiet()
+        return text, off
+
+    plain = shown(write_report(shared.read()))
+    monkeypatch.setattr("tadistill.report.page._LONG", 0)
+    assert shown(write_report(shared.read())) == plain
+    assert plain[1] > 10
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_first_screen_is_complete(browser, twelve, scheme):
     study, path = twelve

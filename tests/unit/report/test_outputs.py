@@ -1,5 +1,7 @@
 """report.html, report.md and the terminal table: the numbers of results.json, the sentences, and their gaps."""
 
+import base64
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -123,6 +125,23 @@ def test_reports_are_deterministic(shared):
         return [(shared.study_dir / name).read_bytes() for name in ("results.json", "report.html", "report.md")]
 
     assert contents() == contents()
+
+
+def test_a_packed_page_has_the_same_content(shared, monkeypatch):
+    """The page of 200 arms was 8 to 20 MB large."""
+    plain = write_report(shared.read()).read_text(encoding="utf-8")
+    monkeypatch.setattr("tadistill.report.page._LONG", 0)
+    page = write_report(shared.read()).read_text(encoding="utf-8")
+
+    def unpacked(found: re.Match) -> str:
+        return gzip.decompress(base64.b64decode(found["packed"])).decode()
+
+    assert len(re.findall("data-packed=", page)) == len(re.findall("<section ", page)) + 1
+    text = re.sub(r'<div class="note" data-packed="(?P<packed>[^"]*)">.*?</div>', unpacked, page)
+    text = re.sub(r' data-packed="(?P<packed>[^"]*)">', lambda found: f">{unpacked(found)}", text)
+    text = text.replace(' type="text/plain" data-waits', "")
+    text = re.sub(r"<script>(?:(?!</script>).)*DecompressionStream.*?</script>", "", text, flags=re.DOTALL)
+    assert text.split() == plain.split()
 
 
 def test_text_of_a_model_cannot_leave_its_element(shared):
