@@ -32,6 +32,9 @@ from tadistill.models.shapes import shape_of
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 _HEAP = 1.15  # memory of a CPU's process / bytes in use: the C library keeps freed blocks that do not fit new tensors
+TOKENIZER_BYTES = 1400
+"""Bytes of host memory that a loaded tokenizer needs per token. Measured: 560 (GPT-2), 1,290 (SmolLM2) and 1,410 (Gemma 3, whose 262,144
+tokens need 0.37 GB). A process has one tokenizer for each of its models."""
 _DROPOUTS = {"gpt2": {"resid_pdrop": 0.1, "attn_pdrop": 0.1}, "opt": {"dropout": 0.1, "attention_dropout": 0.0}}
 """Maps a family to the fields of its residual and attention dropout, with the default values of transformers."""
 

@@ -17,7 +17,7 @@ from tadistill.data import survey
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
-from tadistill.models.flops_and_memory import Memory, weight_bytes
+from tadistill.models.flops_and_memory import TOKENIZER_BYTES, Memory, weight_bytes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
@@ -177,12 +177,15 @@ def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:
     With `cuda`, models only pass through host memory, one after the other. Offloaded teachers and recorded rollouts stay in it.
     """
     wanted, ledger = layout(plan.recipe, stage), Ledger(plan.recipe)
+    names = dict.fromkeys(filter(None, (name_of(plan, handle) for handle in stage.spec.models.values())))
+    tokenizers = TOKENIZER_BYTES * sum((ledger.config(name) or {}).get("vocab_size", 0) for name in names)
     if not cuda:
-        return (process_bytes(plan, stage, cuda=False) or 0.0) * wanted.processes / wanted.nodes
+        known = process_bytes(plan, stage, cuda=False)
+        return (known + tokenizers) * wanted.processes / wanted.nodes if known else 0.0
     memory, size = _memory(plan, stage, ledger), ledger.size(stage.model)
     if memory is None or size is None:
         return 0.0
-    each = max(memory.weights, memory.frozen) + (memory.frozen if wanted.teacher == "offloaded" else 0.0) + memory.rollouts
+    each = max(memory.weights, memory.frozen) + (memory.frozen if wanted.teacher == "offloaded" else 0.0) + memory.rollouts + tokenizers
     gathered = 12.0 * size.total if wanted.parallel == "fsdp" else 0.0  # the main process saves the whole state
     return each * wanted.processes / wanted.nodes + gathered
 

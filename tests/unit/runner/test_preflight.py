@@ -8,8 +8,10 @@ import pytest
 from tadistill.config import validate
 from tadistill.data.encoding_rules import Counts
 from tadistill.errors import DataError, ModelError
+from tadistill.models.flops_and_memory import TOKENIZER_BYTES
 from tadistill.plan.arms import make_plan
-from tadistill.plan.task import process_bytes
+from tadistill.plan.costs import Ledger
+from tadistill.plan.task import host_bytes, process_bytes
 from tadistill.runner import data_checks, preflight
 from tadistill.terminal import Terminal
 
@@ -80,7 +82,7 @@ def short(**settings):
 def need(of) -> float:
     """Bytes of the largest stage."""
     plan = make_plan(of)
-    return max(process_bytes(plan, stage, cuda=False) for stage in plan.stages.values())
+    return max(host_bytes(plan, stage, cuda=False) for stage in plan.stages.values())
 
 
 def test_bf16_halves_a_frozen_teacher(monkeypatch):
@@ -90,6 +92,20 @@ def test_bf16_halves_a_frozen_teacher(monkeypatch):
     with pytest.raises(ModelError, match=r"need .* GB of memory \(distill l -> s.*optim.precision to bf16"):
         check_study(short())
     assert check_study(short(precision="bf16")) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_model_of_a_process_has_a_tokenizer_in_host_memory(processes):
+    """No plan counted it: the tokenizers of two models with 262,144 tokens need 0.7 GB."""
+    of = recipe().model_dump(mode="json", by_alias=True, exclude_unset=True)
+    plan = make_plan(validate(of | {"resources": {"default": {"processes": processes}}}))
+    vocab = Ledger(plan.recipe).config("s")["vocab_size"]
+    for stage in plan.stages.values():
+        count = 2 if stage.kind in ("distill", "analyse") else 1
+        alone = process_bytes(plan, stage, cuda=False)
+        times = processes if stage.spec.trains else 1
+        assert host_bytes(plan, stage, cuda=False) == times * (alone + count * TOKENIZER_BYTES * vocab)
+        assert host_bytes(plan, stage, cuda=True) > times * count * TOKENIZER_BYTES * vocab
 
 
 def test_stages_at_the_same_time_are_counted_together(monkeypatch):
