@@ -4,6 +4,7 @@ A recipe cannot refer to anything outside its file. References `${…}`, as Omeg
 """
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
         return recipe
     modules, code, there = recipe.runtime.code or "", "", False
     try:
-        code = str((folder or Path()).resolve() / Path(modules).expanduser())
+        code = os.path.normpath((folder or Path()).resolve() / Path(modules).expanduser())
         there = Path(code).is_dir()
     except (OSError, RuntimeError, ValueError):  # no user of this name, or a path that cannot exist
         pass

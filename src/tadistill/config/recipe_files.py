@@ -270,6 +270,8 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
     for _, ref in data_sets(recipe):
         ref._folder = folder
     root = _folder_beside(folder, recipe.data.root)
+    if root and recipe.data.root:
+        written[root] = recipe.data.root
     copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update={"root": root})})
     copy._origin = Origin(source, lines, written)
     return copy

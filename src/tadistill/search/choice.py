@@ -5,6 +5,7 @@ import math
 import operator
 import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def write_choice(choice: Choice, recipe: Recipe, directory: Path) -> Path | None
     if len(choice.path) == 2:
         confirm.unlink(missing_ok=True)  # an earlier search may have left a confirm.yaml
         return None
-    write_text(confirm, _confirmation(choice, recipe))
+    write_text(confirm, _confirmation(choice, recipe, directory))
     return confirm
 
 
@@ -189,8 +190,8 @@ def _record(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _confirmation(choice: Choice, recipe: Recipe) -> str:
-    content = _movable(recipe)
+def _confirmation(choice: Choice, recipe: Recipe, directory: Path) -> str:
+    content = _relative(_movable(recipe), recipe, directory)
     for key in ("search", "budgets", "fair"):  # the last two would add arms
         content.pop(key, None)
     first = max(recipe.seeds) + 1
@@ -236,3 +237,27 @@ def _movable(recipe: Recipe) -> dict[str, Any]:
     for key, (_, there) in beside.items():
         functools.reduce(operator.getitem, key, content)["load"] = str(there)
     return content
+
+
+def _relative(content: dict[str, Any], recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Return a recipe in which the paths that the user has written relative to the recipe's folder are relative to `directory`. So a copy
+    of the whole project works on another machine."""
+    folder = next((ref._folder for _, ref in data_sets(recipe) if ref._folder), None)
+
+    def seen(group: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        here = {key: path for key in keys if (path := group.get(key)) and os.path.isabs(path)}
+        of_recipe = {k: p for k, p in here.items() if recipe.written(p) != p or (folder and Path(p).is_relative_to(folder))}
+        return {**group, **{key: _seen_from(directory, path) for key, path in of_recipe.items()}}
+
+    models = {name: seen(model, "load", "tokenizer") for name, model in content["models"].items()}
+    runtime = {"runtime": seen(content["runtime"], "code")} if "runtime" in content else {}
+    return content | {"models": models, "data": seen(content["data"], "root")} | runtime
+
+
+def _seen_from(directory: Path, path: str) -> str:
+    """Return a path relative to `directory`, or the path itself if a link between the two leads elsewhere."""
+    found = os.path.relpath(path, directory)
+    found = found if found.startswith("..") else f"./{found}"
+    whole = os.path.join(directory, found)
+    same = all(os.path.realpath(each) == os.path.realpath(path) for each in (whole, os.path.normpath(whole)))
+    return found if same else path

@@ -1,6 +1,7 @@
 """confirm.yaml of a search is a recipe that plans, whatever sections the searched recipe has, and wherever its data sets are."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -119,6 +120,38 @@ def test_another_file_with_the_same_path_is_not_read(searched, folder, tmp_path)
     _, file = confirmation(recipe, ("t", "b", "s"), tmp_path / "runs")
     assert load(file).data.train["maths"].load == str(folder / "maths.jsonl")
     check_sources(load(file))
+
+
+def test_paths_beside_the_recipe_work_in_a_copy_of_the_project(tmp_path, monkeypatch):
+    """They were absolute: models, the folder of data sets, and that of functions."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    for name in ("recipes/models/b", "recipes/data", "models/t", "models/a"):
+        (project / name).mkdir(parents=True)
+    for name in ("recipes/models/b", "models/t", "models/a"):
+        config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512, "vocab_size": 64}
+        (project / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (project / "recipes" / "confirmed.py").write_text("def points(prediction, references):\n    return 1.0\n", encoding="utf-8")
+    raw = yaml.safe_load(RECIPE.replace("STUDY", "lattice"))
+    raw["models"] = {name: {"load": load, "tokenizer": "tinyworld"} for name, load in (("t", "../models/t"), ("b", "models/b"))} | {
+        "s": raw["models"]["s"],
+        "a": {"load": str(project / "models" / "a"), "tokenizer": "tinyworld"},
+    }
+    raw["data"] |= {"train": "maths.jsonl", "dev": "maths.jsonl", "root": "data"}
+    raw |= {"arms": {"mild": "t > a > b > s"}, "methods": {}, "method": {"name": "kd", "optim": {"steps": 8}}, "resources": {}}
+    (project / "recipes" / "r.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    _, file = confirmation(load(project / "recipes" / "r.yaml"), ("t", "a", "b", "s"), project / "runs")
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    loads = {name: model["load"] for name, model in found["models"].items()}
+    assert {name: loads[name] for name in "tb"} == {"t": "../../models/t", "b": "../../recipes/models/b"}
+    assert loads["a"] == str(project / "models" / "a")  # as the user has written it
+    assert (found["data"]["root"], found["runtime"]["code"]) == ("../../recipes/data", "../../recipes")
+    project.rename(elsewhere)
+    recipe = load(elsewhere / "runs" / "lattice" / "confirm.yaml")
+    assert recipe.models["t"].load == str(elsewhere / "models" / "t")
+    assert recipe.models["b"].load == str(elsewhere / "recipes" / "models" / "b")
+    assert Path(recipe.data.root).resolve() == elsewhere / "recipes" / "data"
+    assert Path(recipe.runtime.code).resolve() == elsewhere / "recipes"
 
 
 def test_a_study_with_the_longest_name_is_confirmed(searched, tmp_path):
