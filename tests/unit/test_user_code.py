@@ -12,7 +12,7 @@ from tadistill.errors import ConfigError, DataError
 from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import METRICS, declare, higher_is_better, metric_title, metric_unit, names_in
 from tadistill.plan.arms import make_plan
-from tadistill.runner.preflight import _try_own_code
+from tadistill.runner.own_code import try_metrics, try_objectives
 from tadistill.user_code import load_function
 
 RECIPE = """\
@@ -39,6 +39,11 @@ def loss(student, teacher, scale=1.0):
 """
 
 
+def try_own_code(recipe):
+    try_metrics(recipe)
+    try_objectives(recipe, 420)
+
+
 @pytest.fixture
 def study(tmp_path):
     """Return a function that writes recipe and module, and reads the recipe. Every test has a module of its own name."""
@@ -56,7 +61,7 @@ def test_code_is_found_beside_the_recipe_and_tried_before_work(study, tmp_path, 
     monkeypatch.chdir("/")
     recipe = study()
     assert recipe.runtime.code == str(tmp_path)
-    _try_own_code(recipe)
+    try_own_code(recipe)
     make_plan(recipe)
 
 
@@ -99,18 +104,34 @@ def test_mistakes_are_found_by_the_plan(study, change, words):
         (("return len(prediction)", "return b'5'"), "returned b'5'; return a number"),
         (("return len(prediction)", "return 10**400"), "returned a number beyond the range of float64; return a finite number"),
         (("return len(prediction)", "return float('nan')"), "returned nan; return a finite number"),
-        ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 7\)"),
+        ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 420\)"),
         (("student - teacher", "teacher - teacher"), "has no gradient to the student's logits"),
-        (("student - teacher", "student[:, :99] @ teacher"), "fails on random logits: RuntimeError"),
+        (("student - teacher", "student[:, :99] @ teacher"), r"fails on random logits of shape \(5, 420\): RuntimeError"),
         (("return len(prediction)", "raise SystemExit"), "metrics.1: .* for the answer .* failed with SystemExit"),
-        ((".sum(-1)", ".sum(-1) + exit(0)"), "fails on random logits: SystemExit"),
+        ((".sum(-1)", ".sum(-1) + exit(0)"), r"fails on random logits of shape \(5, 420\): SystemExit"),
+        (("return scale * (student - teacher)", "return (student - student.mean(0))"), "gives two tokens other values when they are alone"),
     ],
 )
 def test_functions_that_would_fail_later_are_found_before_work(study, change, words):
     recipe = study(CODE.replace(*change))
     make_plan(recipe)
     with pytest.raises(ConfigError, match=words):
-        _try_own_code(recipe)
+        try_own_code(recipe)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "student.topk(64).values.sum(-1)",
+        "(student * torch.linspace(0, 1, 420)).sum(-1)",
+        "-student.log_softmax(-1)[:, 17]",
+        "student[:, 0] * torch.rand(len(student))",
+    ],
+    ids=["top 64", "weights of the vocabulary", "an end token", "random"],
+)
+def test_an_objective_is_tried_on_the_vocabulary_of_the_study(study, value):
+    """It was tried on seven tokens, so these were refused."""
+    try_objectives(study("import torch\n" + CODE.replace("scale * (student - teacher).pow(2).sum(-1)", value)), 420)
 
 
 @pytest.mark.parametrize(
@@ -242,15 +263,15 @@ def test_a_metric_is_tried_on_every_test_set(study, tmp_path):
     (tmp_path / "numbers.jsonl").write_text('{"instruction": "2 + 3", "output": "five"}\n')
     code = CODE.replace("return len(prediction)", "return None if references == ['five'] else 1")
     with pytest.raises(ConfigError, match=r"metrics\.1: metric .* references \['five'\], returned None; return a number"):
-        _try_own_code(study(code, "data.test=[tinyworld, numbers.jsonl]"))
+        try_own_code(study(code, "data.test=[tinyworld, numbers.jsonl]"))
 
 
 def test_two_rows_of_a_test_set_are_enough_to_try_a_metric(study, tmp_path):
     row = '{"instruction": "2 + 3", "output": "5"}\n'
     (tmp_path / "numbers.jsonl").write_text(2 * row + "{}\n")  # other checks find the damaged row
-    _try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
+    try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
     (tmp_path / "numbers.jsonl").write_text("{}\n" + row)
     with pytest.raises(DataError, match="numbers"):
-        _try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
+        try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
     (tmp_path / "numbers.jsonl").write_text(row)
-    _try_own_code(study(CODE, "data.test=[numbers.jsonl]"))
+    try_own_code(study(CODE, "data.test=[numbers.jsonl]"))

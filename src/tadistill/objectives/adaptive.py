@@ -118,17 +118,22 @@ def contrastive(
 
     Args:
         student_logits, teacher_logits: (..., V).
-        from_teacher: bool, broadcastable to (...). True where the teacher wrote the text.
-        alpha: the `alpha` of both losses: a number in [0, 1], or a tensor of such numbers that is broadcastable to (...), for example
-            from `contrastive_alpha`.
+        from_teacher: bool, with a shape that broadcasts to (...), such as (B, 1) for logits (B, T, V). True where the teacher wrote the
+            text.
+        alpha: the `alpha` of both losses: a number in [0, 1], or a tensor of such numbers with a shape that broadcasts to (...), for
+            example from `contrastive_alpha`.
 
     Returns and errors are as in `forward_kl`. Source: Ko et al. 2025 (DistiLLM-2), Eq. 5.
     """
     log_q, log_p = both_log_probs(student_logits, teacher_logits, temperature)
-    checks.number("alpha", alpha)
+    checks.booleans("from_teacher", from_teacher)
+    if not isinstance(alpha, Tensor):
+        checks.number("alpha", alpha)
     skew = torch.as_tensor(alpha, dtype=log_q.dtype).to(log_q.device, non_blocking=True)
     if not checks.is_deferred() and not bool(((skew >= 0) & (skew <= 1)).all()):
         raise ConfigError(f"`alpha` has values from {float(skew.min())} to {float(skew.max())}; all values must be in [0, 1]")
+    for name, value in (("from_teacher", from_teacher), ("alpha", skew)):
+        checks.of_positions(name, value, log_q.shape[:-1])
     log_skew, log_rest = skew.log().clamp(min=LOG_ZERO).unsqueeze(-1), torch.log1p(-skew).clamp(min=LOG_ZERO).unsqueeze(-1)
     pulled = kl(log_p, torch.logaddexp(log_p + log_skew, log_q + log_rest))
     pushed = kl(log_q, torch.logaddexp(log_q.detach() + log_skew, log_p + log_rest))

@@ -42,9 +42,59 @@ def tensor(name: str, value: Any) -> None:
 
 
 def number(name: str, value: Any) -> None:
-    """Raise a ConfigError unless `value` is a number or a tensor."""
+    """Raise a ConfigError unless `value` is a number or a tensor with one."""
     if not hasattr(value, "__float__"):
         raise ConfigError(f"`{name}` is {value!r}; it must be a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ConfigError(f"`{name}` is a tensor of shape {tuple(value.shape)}; it must be one number")
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raise a ConfigError unless `value` is one of the texts in `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"`{name}` is {value!r}; it must be {' or '.join(f'`{text}`' for text in allowed)}")
+
+
+def booleans(name: str, value: Any) -> None:
+    """Raise a ConfigError unless `value` is a tensor of booleans."""
+    tensor(name, value)
+    if value.dtype != torch.bool:
+        raise ConfigError(f"`{name}` has dtype {value.dtype}; it must contain booleans: give `{name}.bool()`")
+
+
+def of_positions(name: str, value: Tensor, shape: torch.Size) -> None:
+    """Raise a ConfigError unless `value` can be broadcast to positions of this shape."""
+    if not broadcasts(value.shape, shape):
+        raise ConfigError(
+            f"`{name}` has shape {tuple(value.shape)}, but the positions have shape {tuple(shape)}; give a shape that broadcasts to it"
+        )
+
+
+def broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Return True if torch expands a tensor of this shape to the shape `to`."""
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))
+
+
+def weights(name: str, value: Any, student_hidden: Tensor) -> None:
+    """Raise a ConfigError unless `value` is a tensor with one finite weight per token."""
+    tensor(name, value)
+    if value.shape != student_hidden.shape[:-1]:
+        raise ConfigError(
+            f"`{name}` has shape {tuple(value.shape)}, but `student_hidden` has shape {tuple(student_hidden.shape)}; give `{name}` one "
+            "value per token"
+        )
+    if not bool(value.isfinite().all()):
+        raise ConfigError(f"`{name}` contains NaN or infinity; to divide it by its sum, which may be 0, use `{name}.sum().clamp(min=1)`")
+
+
+def no_gradient(**arguments: Any) -> None:
+    """Raise a ConfigError if an argument needs a gradient, because the fused loss would give it none."""
+    for name, value in arguments.items():
+        if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+            raise ConfigError(
+                f"`{name}` needs a gradient, but the fused loss has gradients of the student's hidden states and head only; give "
+                f"`{name}.detach()`, or call the objective on logits"
+            )
 
 
 def check_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:

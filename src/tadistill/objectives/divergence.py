@@ -240,7 +240,8 @@ def both_log_probs(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     """Check shapes and temperature, and return the log-probabilities of student and teacher (log q, log p), each (..., V)."""
     checks.check_pair(student_logits, teacher_logits)
     checks.positive("temperature", temperature)
-    return log_probs(student_logits, temperature), log_probs(teacher_logits, temperature)
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)  # logits of another dtype, such as recorded ones
+    return log_probs(student_logits.to(dtype), temperature), log_probs(teacher_logits.to(dtype), temperature)
 
 
 def mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Compute a loss and its gradients from hidden states, without a tensor of shape [tokens, vocabulary], for any objective.
 
-    mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=mask / mask.sum(), beta=0.1)
-    mean.backward()  # the mask contains the factor 1 / count; dividing the result later would copy the head's gradient
+    mean, values = fused_divergence(jensen_shannon, hidden, Head(w), Hidden(teacher_hidden, Head(v)), mask=weights, beta=0.1)
+    mean.backward()  # `weights` is the mask divided by its sum; dividing the result later would copy the head's gradient
 
 The tokens are processed in tiles (groups of tokens), whose sizes are in `objectives.tiles`. The forward pass also computes the gradients.
 Autograd or a faster NAME_with_slope function gives the gradient with respect to the logits, which replaces the logits in memory. Matrix
@@ -64,12 +64,13 @@ def fused_divergence(
     """Return the sum of `divergence(student_logits, teacher_logits, temperature=..., **parameters)` over tokens.
 
     Args:
-        divergence: any function of `tadistill.objectives` that takes the logits of two models.
+        divergence: any function of `tadistill.objectives` that takes the logits of two models, or one of your own whose value at a token
+            depends only on this token's logits: it is called with some of the tokens at a time.
         student_hidden: (..., H) last hidden states, with an autograd graph.
         teacher: the teacher's output (`Target`), or a list of several teachers' outputs with a `mixture`. No gradient flows to them.
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: use only the first `vocab` tokens of both heads (or of the teacher's logits), and normalise the probabilities over them.
-        parameters: further arguments of `divergence`. Tensors of shape (...) or (..., 1) have values of tokens, as `from_teacher` has.
+        parameters: further arguments of `divergence`. Tensors that broadcast to (...), such as `from_teacher`, have values of tokens.
 
     Returns:
         Two tensors. The first is the weighted sum, a scalar with gradients to the hidden states and to the head's weight and bias. The
@@ -81,11 +82,8 @@ def fused_divergence(
     checks.tensor("student_hidden", student_hidden)
     check_head(student_head, "`student_head`")
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
-    if weights.shape != student_hidden.shape[:-1]:
-        raise ConfigError(
-            f"`mask` has shape {tuple(weights.shape)}, but `student_hidden` has shape {tuple(student_hidden.shape)}; give `mask` one "
-            "value per token"
-        )
+    checks.weights("mask", weights, student_hidden)
+    checks.no_gradient(mask=mask, temperature=temperature, **parameters)
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
     term = TeacherTerm.at(counted, divergence, parameters, mixture, temperature)

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tadistill.errors import ConfigError
+from tadistill.objectives import checks
 from tadistill.objectives.divergence import both_log_probs, log_probs, reverse_kl, reverse_kl_in_place
 from tadistill.objectives.sampled import of_tokens
 
@@ -48,6 +50,8 @@ def returns(
     Returns:
         One return per position, in the shape of `rewards_BT`; zero outside the mask.
     """
+    checks.booleans("mask_BT", mask_BT)
+    checks.choice("length_normalisation", length_normalisation, ("after", "remaining", "discounts", "none"))
     rewards = torch.where(mask_BT, rewards_BT, torch.zeros_like(rewards_BT))
     places = torch.arange(rewards.shape[1], device=rewards.device)
     ahead = places.unsqueeze(0) - places.unsqueeze(1) - (0 if include_current else 1)
@@ -61,6 +65,7 @@ def returns(
 
 def moments(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the sum and the sum of squares of the values where the mask is True, as a float64 tensor (2,). `whiten` needs them."""
+    checks.booleans("mask_BT", mask_BT)
     values = torch.where(mask_BT, values_BT, torch.zeros_like(values_BT)).double()
     return torch.stack([values.sum(), values.square().sum()])
 
@@ -83,8 +88,15 @@ def clipped_ratio(log_q: Tensor, log_behaviour: Tensor, *, clip: float) -> Tenso
     The ratio is the token's probability under the student, divided by its probability under the policy that sampled it. With `clip=inf`,
     the ratio is not clipped. Inputs and result have the same shape.
     """
+    _check_clip(clip)
     ratio = (log_q - log_behaviour).exp()
     return torch.minimum(ratio, ratio.clamp(1 - clip, 1 + clip))
+
+
+def _check_clip(clip: float) -> None:
+    checks.number("clip", clip)
+    if not clip >= 0:
+        raise ConfigError(f"`clip` is {clip}; it must be at least 0")
 
 
 def policy_gradient(
@@ -112,6 +124,8 @@ def policy_gradient(
     Returns:
         One value per token, of the shape of the inputs.
     """
+    checks.choice("clipping", clipping, ("ratio", "ppo"))
+    _check_clip(clip)
     advantage = advantage.detach()
     if clipping == "ratio":
         value = -advantage * clipped_ratio(log_q, log_behaviour, clip=clip)

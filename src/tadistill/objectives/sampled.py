@@ -14,7 +14,7 @@ from torch import Tensor
 from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import log_probs
+from tadistill.objectives.divergence import at_least_float32, log_probs
 
 
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def k1(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
     Source: Schulman 2020, "Approximating KL divergence".
     """
-    return student_log_probs - teacher_log_probs
+    return at_least_float32(student_log_probs) - at_least_float32(teacher_log_probs)
 
 
 def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def k2(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
     Its gradient is an unbiased estimate of the gradient of KL(q || p). Args and source are as in `k1`.
     """
-    return (teacher_log_probs - student_log_probs).square() / 2
+    return k1(student_log_probs, teacher_log_probs).square() / 2
 
 
 def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def k3(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
 
     Its gradient is an unbiased estimate of the gradient of KL(p || q). Args and source are as in `k1`.
     """
-    gap = teacher_log_probs - student_log_probs
+    gap = k1(teacher_log_probs, student_log_probs)
     return torch.expm1(gap) - gap
 
 
@@ -88,11 +88,14 @@ def no_teacher(student_log_probs: Tensor, *, below: float) -> Tensor:
 
     Args:
         student_log_probs: log-probabilities of the tokens, of any shape.
-        below: a probability from 0 to 1.
+        below: a probability above 0, and at most 1.
 
     Source: arXiv 2608.31046. There, a fixed negative advantage replaces the teacher, for comparison.
     """
-    return torch.where(student_log_probs.detach() < math.log(below), student_log_probs, torch.zeros_like(student_log_probs))
+    checks.within("below", below, 0, 1)
+    checks.positive("below", below)
+    log_q = at_least_float32(student_log_probs)
+    return torch.where(log_q.detach() < math.log(below), log_q, torch.zeros_like(log_q))
 
 
 def token_loss_with_slope(student_logits: Tensor, tokens: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -212,13 +212,14 @@ class TeacherTerm:
         mixture: TargetMixture | None,
         temperature: float,
     ) -> "TeacherTerm":
-        """Return the term at the N tokens where the mask `counted` (...) is True. Tensors of this shape in `parameters` are cut, too."""
+        """Return the term at the N tokens where the mask `counted` (...) is True. Tensors in `parameters` that broadcast to this shape are
+        cut, too. A tensor with one number and fewer axes is a setting."""
         axes = counted.shape
 
         def of_tokens(value: Any) -> bool:
-            if not isinstance(value, Tensor) or value.ndim != len(axes):
+            if not isinstance(value, Tensor) or not checks.broadcasts(value.shape, axes):
                 return False
-            return value.shape == axes or (len(axes) > 1 and all(n in (1, m) for n, m in zip(value.shape, axes, strict=True)))
+            return value.numel() > 1 or value.shape == axes or value.ndim == len(axes) > 1
 
         per_token = {name: value.expand(axes)[counted] for name, value in parameters.items() if of_tokens(value)}
         settings = {name: value for name, value in parameters.items() if name not in per_token}

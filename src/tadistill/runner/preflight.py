@@ -2,21 +2,17 @@
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from tadistill.config import Data, DataRef, Recipe
+from tadistill.config import Recipe
 from tadistill.config.machine import vllm_folder
-from tadistill.config.objective import Custom, TopKForwardKL, TopKReverseKL
+from tadistill.config.objective import TopKForwardKL, TopKReverseKL
 from tadistill.config.recipe import methods
 from tadistill.data import survey
-from tadistill.data.datasets import SplitRows
-from tadistill.data.rows import Example
 from tadistill.errors import ConfigError, Gathering, ModelError, about
-from tadistill.evaluation.text_scores import score_own
 from tadistill.metrics import MEAN
 from tadistill.models.architectures import check_config, check_scratch, scratch_config
 from tadistill.models.flops_and_memory import available_memory, check_memory
@@ -34,10 +30,9 @@ from tadistill.plan.task import host_bytes, layout, original_teacher, process_by
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
 from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes
+from tadistill.runner.own_code import try_metrics, try_objectives
 from tadistill.runner.remote import check_teachers
 from tadistill.terminal import Terminal
-from tadistill.train.step import own_divergence
-from tadistill.user_code import load_function
 
 _LESS_MEMORY = (
     "use smaller models, lower optim.micro_batch, set optim.gradient_checkpointing, set optim.precision to bf16 (a teacher then needs half "
@@ -86,7 +81,10 @@ def check_inputs(plan: Plan, console: Terminal | None = None, *, show: Callable[
     families = _families(plan, tokenizers)
     read = _read_data(plan, families, show)
     with found.about():
-        _check_top_k(recipe, min((family.shared for family in families), default=0))
+        if families:
+            shared = min(family.shared for family in families)
+            _check_top_k(recipe, shared)
+            try_objectives(recipe, shared)
     for name in tokenizers:
         with found.about(f"models.{name}"):
             family = next(family for family in families if name in family.models)
@@ -107,7 +105,7 @@ def _check_without_models(plan: Plan, found: Gathering) -> None:
     with found.about():
         _check_peft(recipe)
     with found.about():
-        _try_own_code(recipe)
+        try_metrics(recipe)
     with found.about("evaluate.tasks"):
         _check_tasks(recipe)
     for stage in plan.stages.values() if recipe.resources else vllm_stages(plan.stages.values()):
@@ -248,50 +246,6 @@ def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None
     packed = any(method.optim.packed for method in methods(recipe)) or (model.sft and model.sft.optim.packed)
     if packed and not model.serve:  # a server does not pack
         check_packing(config["model_type"], name)
-
-
-def _try_own_code(recipe: Recipe) -> None:
-    if recipe.metrics and not recipe.data.test:
-        raise ConfigError("`metrics` need a test set, but data.test names none; name one, or remove `metrics`")
-    rows = {ref.name: _first_two(ref, recipe.data) for ref in recipe.data.test} if recipe.metrics else {}
-    for i, metric in enumerate(recipe.metrics):
-        with about(f"metrics.{i}"):
-            own, (low, high) = {metric.name: load_function(metric.function, recipe.runtime.code)}, metric.row.bounds
-            for name, (row, *more) in rows.items():  # a right answer, that of another row, and two that a poor model may write
-                answers = [row.references[0], *(other.references[0] for other in more[:1]), "", "?"]
-                scores = score_own(own, answers, [row] * len(answers))[metric.name]
-                if outside := [value for value in scores if not low <= value <= high]:
-                    raise ConfigError(
-                        f"`{metric.name}` returned {outside[0]:g} for a row of `{name}`, but the unit `{metric.unit}` allows only "
-                        f"{low:g} to {high:g}; change the function, or give the metric another `unit`"
-                    )
-    for method in methods(recipe):
-        if isinstance(method.objective, Custom):
-            with about("objective.function"):
-                _try_objective(method.objective, recipe.runtime.code)
-
-
-def _first_two(ref: DataRef, data: Data) -> list[Example]:
-    rows = SplitRows.of(ref, "test", data)
-    return replace(rows, limit=min(rows.limit or 2, 2)).read()
-
-
-def _try_objective(objective: Custom, folder: str | None) -> None:
-    function = load_function(objective.function, folder)
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(5, 7, generator=generator) for _ in range(2))
-    student.requires_grad_()
-    what = f"objective `{function.name}` in {function.file}"
-    try:
-        values = own_divergence(function.call)(student, teacher, temperature=objective.temperature, **objective.settings)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        raise ConfigError(f"{what} fails on random logits: {type(error).__name__}: {error}; correct the function") from error
-    if not isinstance(values, torch.Tensor) or values.shape != (5,):
-        found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-        raise ConfigError(f"{what} returns {found} for logits of shape (5, 7); return one value per token, a tensor of shape (5,)")
-    if not values.requires_grad or not torch.isfinite(values).all():
-        rule = "returns values that are not finite" if values.requires_grad else "has no gradient to the student's logits"
-        raise ConfigError(f"{what} {rule}; correct the function")
 
 
 def _root(recipe: Recipe, name: str) -> str:

@@ -1,6 +1,7 @@
 """Bad arguments: a ConfigError (a ValueError) of one sentence with the argument's name, its value and what is allowed."""
 
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -18,6 +19,7 @@ from tadistill.objectives import (
     adaptive_kl,
     alpha_beta,
     alpha_mixture,
+    clipped_ratio,
     contrastive,
     contrastive_alpha,
     cross_entropy,
@@ -25,6 +27,10 @@ from tadistill.objectives import (
     fused_divergence,
     jensen_shannon,
     log_probs,
+    moments,
+    no_teacher,
+    policy_gradient,
+    returns,
     reverse_kl,
     single_step,
     skew_forward_kl,
@@ -316,3 +322,40 @@ def test_fused_teachers_that_are_no_numbers():
 def test_fused_parameters_of_the_divergence():
     refused(lambda: fused_divergence(jensen_shannon, HIDDEN, Head(WEIGHT), TARGET, beta=1.5), "`beta` is 1.5", "[0, 1]")
     refused(lambda: fused_divergence(forward_kl, HIDDEN, Head(WEIGHT), TARGET, temperature=0.0), "`temperature` is 0.0")
+
+
+def test_tensors_per_token():
+    """`from_teacher` and `alpha` of other shapes were broadcast against the vocabulary's or the text's axis without a word."""
+    for call in (contrastive, lambda *z, **p: fused_divergence(contrastive, HIDDEN, Head(WEIGHT), TARGET, **p)):
+        of = (S, T) if call is contrastive else ()
+        refused(lambda call=call, of=of: call(*of, from_teacher=TEACHERS.unsqueeze(-1)), "`from_teacher` has shape (2, 1, 1)")
+        refused(lambda call=call, of=of: call(*of, from_teacher=TEACHERS.long()), "`from_teacher` has dtype torch.int64", ".bool()")
+        refused(lambda call=call, of=of: call(*of, from_teacher=TEACHERS, alpha=torch.full((4,), 0.1)), "`alpha` has shape (4,)")
+
+
+def test_texts_of_minillm():
+    log_q, mask = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    refused(lambda: policy_gradient(log_q, log_q, log_q, clip=0.2, clipping="Ratio"), "`clipping` is 'Ratio'", "`ratio` or `ppo`")
+    refused(lambda: policy_gradient(log_q, log_q, log_q, clip=-1), "`clip` is -1")
+    refused(lambda: clipped_ratio(log_q, log_q, clip=NAN), "`clip` is nan")
+    refused(lambda: returns(log_q, mask, length_normalisation="foo"), "`length_normalisation` is 'foo'", "`none`")
+    for call in (returns, moments):
+        refused(lambda call=call: call(log_q, mask.long()), "`mask_BT` has dtype torch.int64")
+
+
+def test_numbers_of_one_value():
+    refused(lambda: jensen_shannon(S, T, beta=torch.full((2, 3), 0.5)), "`beta` is a tensor of shape (2, 3)", "one number")
+    for below in (0, -1, 2):
+        refused(lambda below=below: no_teacher(torch.zeros(3), below=below), f"`below` is {below}")
+
+
+def test_weights_and_gradients_of_the_fused_loss():
+    run = partial(fused_divergence, forward_kl, HIDDEN, Head(WEIGHT), TARGET)
+    empty = torch.zeros(2, 3)
+    refused(lambda: run(mask=empty / empty.sum()), "`mask` contains NaN", "clamp(min=1)")
+    refused(lambda: run(mask=[[1.0] * 3] * 2), "`mask` is a list")
+    learned = torch.ones(2, 3, requires_grad=True)
+    refused(lambda: run(mask=learned), "`mask` needs a gradient", "`mask.detach()`")
+    refused(lambda: run(temperature=torch.tensor(2.0, requires_grad=True)), "`temperature` needs a gradient")
+    with torch.no_grad():
+        assert torch.isfinite(run(mask=learned)[0])

@@ -22,6 +22,8 @@ from tadistill.objectives import (
     jensen_shannon,
     reverse_kl,
     single_step,
+    skew_forward_kl,
+    skew_reverse_kl,
     tiles,
     top_k,
 )
@@ -322,6 +324,37 @@ def test_impossible_tokens(where):
             assert torch.isfinite(found).all()
             scale = other.abs().max()
             close(found / scale, other / scale)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64, torch.bfloat16)]
+)
+@pytest.mark.parametrize("objective", [forward_kl, reverse_kl, jensen_shannon, skew_forward_kl, skew_reverse_kl])
+def test_teachers_logits_of_another_dtype(objective, ours, theirs):
+    """For example recorded logits. All functions with a slope but `forward_kl` ended in an error of torch."""
+    hidden, head, leaves = student(dtype=ours)
+    logits = drawn(*TOKENS, V, seed=52, dtype=theirs)
+    total, values = fused_divergence(objective, hidden, head, logits)
+    expected = objective(head.logits(hidden), logits)
+    close(values, expected.detach().to(values.dtype))
+    for found, other in zip(slopes(total, leaves), slopes(expected.sum(), leaves), strict=True):
+        assert found.dtype == ours
+        close(found, other)
+
+
+@pytest.mark.parametrize("shape", [TOKENS, (TOKENS[0], 1), (1, TOKENS[1]), TOKENS[1:]])
+def test_values_per_token_broadcast_to_the_tokens(shape):
+    """With fewer axes, they were assigned to other tokens if as many tokens counted."""
+    hidden, head, leaves = student()
+    alpha = drawn(*shape, seed=53).sigmoid()
+    of_teacher = drawn(*shape, seed=54) > 0
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)  # as many tokens as a row has
+    total, values = fused_divergence(contrastive, hidden, head, teacher(V), mask=mask, alpha=alpha, from_teacher=of_teacher)
+    target = teacher(V).head.logits(teacher(V).states)
+    expected = contrastive(head.logits(hidden), target, of_teacher, alpha=alpha) * mask
+    close(values, expected.detach())
+    for found, other in zip(slopes(total, leaves), slopes(expected.sum(), leaves), strict=True):
+        close(found, other)
 
 
 @pytest.mark.parametrize("objective", [forward_kl, reverse_kl, jensen_shannon])
