@@ -22,7 +22,7 @@ from tadistill.disk import read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
 from tadistill.results.compare import load_reported
-from tadistill.results.measured import training_settings
+from tadistill.results.measured import settings_over_spans, training_settings
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.runner.local import ADVICE
 from tadistill.store import MANIFEST, STAGE, Store, key_of, plan_again, store_of
@@ -94,8 +94,8 @@ class Settings:
     @classmethod
     def read(cls, store: Store, key: str, direct: int) -> "Settings":
         """Read the settings of a distillation. `direct` is the number of updates of direct distillation in its study."""
-        found = (training_settings(store, key, spans=spans) | {"direct": direct} for spans in (False, True))
-        own, spans = (dict(_flat(settings)) for settings in found)
+        settings = training_settings(store, key) | {"direct": direct}
+        own, spans = (dict(_flat(found)) for found in (settings, settings_over_spans(settings)))
         return cls(own, spans, bool(read_json(store.folder(key) / STAGE)["spec"].get("teacher_data")))
 
     @cached_property

@@ -153,22 +153,25 @@ _OF_COMPUTE = ("steps", "epochs", "warmup", "every")  # of a distillation
 _OF_MEMORY = ("micro_batch", "tokens", "packed", "gradient_checkpointing")  # they change rounding, and which masks dropout draws
 
 
-def training_settings(store: Store, key: str, *, spans: bool) -> dict[str, Any]:
+def training_settings(store: Store, key: str) -> dict[str, Any]:
     """Return the settings of a distillation and of the trainings that made its student, without seeds, teachers and numbers of updates. So
-    two distillations with equal settings can be compared at equal compute.
-
-    Args:
-        spans: return the settings that the distillation has if its teacher has another tokenizer (`config.method_rules.over_spans`).
-    """
+    two distillations with equal settings can be compared at equal compute."""
     stage = _stage(store, key)
     kept = {name: value for name, value in stage["spec"].items() if name not in _OF_PATH}
     compute = () if stage.get("kind") == "sft" else _OF_COMPUTE
     for part in ("optim", "select"):
         kept[part] = {name: value for name, value in kept.get(part, {}).items() if name not in (*compute, *_OF_MEMORY)}
     kept["data"] = {name: value for name, value in kept.get("data", {}).items() if name != "context"}
-    if spans and (objective := kept.get("method", {}).get("objective", {})).get("type") == "minillm":
-        kept["method"] = kept["method"] | {"objective": objective | minillm_over_spans(objective["length_normalisation"])}
-    return kept | {"context": _context(store, stage["spec"]), "student": _origin(store, kept.get("student"), spans)}
+    return kept | {"context": _context(store, stage["spec"]), "student": _origin(store, kept.get("student"))}
+
+
+def settings_over_spans(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the `training_settings` that a distillation has if its teacher has another tokenizer (`config.method_rules.over_spans`)."""
+    found = {name: settings_over_spans(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    method = found.get("method")
+    if isinstance(method, dict) and (objective := method.get("objective") or {}).get("type") == "minillm":
+        method["objective"] = objective | minillm_over_spans(objective["length_normalisation"])
+    return found
 
 
 def _stage(store: Store, key: str) -> dict[str, Any]:
@@ -184,11 +187,11 @@ def _context(store: Store, spec: Mapping[str, Any]) -> Any:
     return _context(store, _stage(store, before["stage"])["spec"])
 
 
-def _origin(store: Store, made: Any, spans: bool) -> Any:
+def _origin(store: Store, made: Any) -> Any:
     if not isinstance(made, dict):
         return made
-    found = {name: _origin(store, value, spans) for name, value in made.items() if name != "seed"}
-    return found | {"stage": training_settings(store, made["stage"], spans=spans)} if "stage" in made else found
+    found = {name: _origin(store, value) for name, value in made.items() if name != "seed"}
+    return found | {"stage": training_settings(store, made["stage"])} if "stage" in made else found
 
 
 Rows = NDArray[np.int64]

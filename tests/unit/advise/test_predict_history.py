@@ -12,6 +12,7 @@ from tadistill.config import ModelConfig, load
 from tadistill.config.key_help import explain
 from tadistill.errors import StoreError
 from tadistill.plan.arms import make_plan
+from tadistill.results import measured
 from tadistill.runner.local import ADVICE
 from tadistill.store import store_of
 
@@ -284,6 +285,15 @@ def test_a_chain_and_its_baseline_across_tokenizers_have_the_settings_of_their_r
     found = planned(tmp_path, settings)
     chain, twin = found["takd"], found["twin"]
     assert differing_keys(chain, twin) == differing_keys(twin, chain) == differ
+
+
+def test_the_settings_of_each_stage_are_read_once(tmp_path, monkeypatch):
+    """They were read again for the settings over spans."""
+    read = []
+    monkeypatch.setattr("tadistill.results.measured._stage", lambda *given, real=measured._stage: read.append(given[1]) or real(*given))
+    arms = planned(tmp_path, [MINILLM, "models.s.sft={optim: {steps: 3}}"])
+    assert len(read) == 2 * len(arms)  # the distillation, and the fine-tuning of its student
+    assert [name for name, found in arms.items() if found.own != found.spans] == ["takd"]  # the others have them already
 
 
 SFT = "models.s.sft={optim: {steps: 3}}"
