@@ -4,6 +4,7 @@ This module must not compute anything, because computations start threads. Neith
 """
 # ruff: noqa: E402
 
+import atexit
 import gc
 
 gc.disable()  # imports leave much memory and little garbage; the collector, which looks through all of it, would take a fifth of their time
@@ -27,4 +28,5 @@ versions()
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns at the first call
 
 gc.freeze()  # without it, a process's collector would write to all pages that it shares with the server, and so copy them
+atexit.register(gc.unfreeze)  # what is never freed, some libraries report as leaked when the server ends (triton 3.9: 25 lines)
 gc.enable()
