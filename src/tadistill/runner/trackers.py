@@ -57,6 +57,7 @@ class _Wandb:
     def __init__(self, folder: Path, study: str, name: str, config: dict[str, Any]):
         wandb = import_module("wandb")
         quiet = wandb.Settings(silent=True, console="off")
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # otherwise it advertises Weave, silent or not, where openai is imported
         common: dict[str, Any] = {"project": study, "group": study, "name": name, "config": config, "dir": str(folder), "settings": quiet}
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
             common["mode"] = "offline"  # otherwise wandb would ask for a login in the middle of a run

@@ -285,7 +285,7 @@ def test_studies_that_were_moved_into_a_folder_keep_their_stages(store, tmp_path
 
 
 def test_a_runs_directory_that_cannot_be_read_is_no_empty_one(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.listdir", lambda _: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    monkeypatch.setattr("pathlib.Path.iterdir", lambda _: (_ for _ in ()).throw(OSError(13, "Permission denied")))
     with pytest.raises(StoreError, match=f"cannot read the runs directory {tmp_path}: Permission denied; check its permissions"):
         unneeded(tmp_path, store)
 

@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -145,6 +146,7 @@ def test_a_real_tracker_writes_its_files_under_the_study_and_prints_nothing(tmp_
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)  # nobody is logged in, so wandb works offline and does not ask
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "t" / "trackio"))
+    monkeypatch.setitem(sys.modules, "openai", ModuleType("openai"))  # of a teacher behind an API
     study = Study(tmp_path, name)
     study.train("sft", 1)
     study.trackers.send()
