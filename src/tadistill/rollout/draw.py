@@ -84,6 +84,13 @@ Guide = Mixture | Speculation
 """The way in which a teacher helps the student to sample."""
 
 
+class _NoRepeatNGram(NoRepeatNGramLogitsProcessor):
+    """Gives padding, whose id is the size of the vocabulary, a score of its own, which transformers 5.8 sets."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return super().__call__(input_ids, nn.functional.pad(scores, (0, 1)))[:, :-1]
+
+
 def processors(decoding: Decoding) -> LogitsProcessorList:
     """Return the decoding settings as logits processors of transformers. The list is empty if no setting changes the logits.
 
@@ -91,7 +98,7 @@ def processors(decoding: Decoding) -> LogitsProcessorList:
     """
     found = LogitsProcessorList()
     if decoding.no_repeat_ngram is not None:
-        found.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram))
+        found.append(_NoRepeatNGram(decoding.no_repeat_ngram))
     if decoding.temperature not in (0, 1):
         found.append(TemperatureLogitsWarper(decoding.temperature))
     if decoding.top_k is not None:

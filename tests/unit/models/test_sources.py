@@ -305,6 +305,15 @@ def test_gguf_errors(tmp_path):
         fetch(str(broken))
 
 
+def test_a_gguf_file_needs_a_transformers_that_reads_its_tokenizer(gguf_file, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    with pytest.raises(ModelError, match=r"`tiny.gguf` needs transformers 5.23 or newer, because version 5.22.2, which is inst"):
+        fetch(str(gguf_file))
+    monkeypatch.setattr("transformers.__version__", "5.23.0.dev0")
+    with pytest.raises(ModelError, match=r"because version 5.23.0.dev0"):
+        fetch(str(gguf_file))
+
+
 def test_a_gguf_file_that_git_lfs_has_not_downloaded(tmp_path):
     pointer = tmp_path / "pointer.gguf"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n", encoding="utf-8")
