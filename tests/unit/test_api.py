@@ -40,7 +40,7 @@ def commands(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(api, "run_study", run_study)
-    monkeypatch.setattr(api, "read_results", lambda study, store: study)
+    monkeypatch.setattr(api.study, "read_results", lambda study, store: study)
     monkeypatch.setattr(api, "write_report", lambda results: results / "report.html")
     return found
 
@@ -223,7 +223,7 @@ def test_a_model_that_cannot_read_the_prompts_is_refused(study):
 
 
 def test_every_setting_of_an_evaluation_is_used_or_refused():
-    """A new key of `evaluate` must be used by `tadistill.evaluate`, or refused in `api._check_call`."""
+    """A new key of `evaluate` must be used by `tadistill.evaluate`, or refused in `api.loaded_model._check_call`."""
     used = {*Decoding.model_fields, "seeds", "samples", "pass_at", "batch", "bits_per_byte", "also"}
     assert set(Evaluate.model_fields) == used | {"tasks", "fewshot", "precision"}
 

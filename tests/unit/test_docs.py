@@ -39,7 +39,7 @@ def test_files_that_a_text_names_exist():
 
 def test_examples_of_python_load_arms_of_the_quickstart():
     arms = yaml.safe_load((ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8"))["arms"]
-    places = [*(ROOT / "src" / "tadistill" / name for name in ("__init__.py", "api.py")), ROOT / "docs" / "reference" / "python.md"]
+    places = [ROOT / name for name in ("src/tadistill/__init__.py", "src/tadistill/api/__init__.py", "docs/reference/python.md")]
     named = [re.findall(r'load_student\(study, "(.+?)"\)', path.read_text(encoding="utf-8")) for path in places]
     assert all(len(found) == 1 and found[0] in arms for found in named)
 

@@ -1,0 +1,113 @@
+"""Evaluate a loaded model on test sets."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tadistill.api.arguments import listed
+from tadistill.config import Data, Evaluate
+from tadistill.config.common import DTYPES
+from tadistill.config.load import read_settings
+from tadistill.errors import ConfigError
+from tadistill.results.collect import with_passes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tadistill.evaluation.run import Evaluation
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    on: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
+    *,
+    data_root: str | Path | None = None,
+    template: str = "alpaca",
+    settings: Evaluate | Mapping[str, Any] | None = None,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Evaluate a loaded model on test sets. Return {set: {metric: mean over prompts and decoding seeds}}.
+
+    Args:
+        on: one test set or several. Each is a name (dolly, self_inst, tinyworld…), a JSONL file or a hub id with a test split, or a dict
+            with the keys of a data set, such as {"load": "sums.jsonl", "columns": {"numeric": "answer"}}.
+        settings: the keys of a recipe's `evaluate`, such as {"seeds": [10], "max_new_tokens": 64}. The defaults are those of MiniLLM:
+            temperature 1, 256 new tokens, seeds 10, 20, 30, 40 and 50. Unlike in a recipe, `also` and `bits_per_byte` are only measured
+            if they are set, the metrics of `also` are called METRIC@NAME, and the model keeps its own number format. `tasks`, `fewshot`
+            and `engine: vllm` are refused.
+        limit: the number of rows that are used, from the start of each set; None for all rows.
+
+    Raises:
+        ConfigError: an argument is wrong, for instance the name of a model instead of a loaded model.
+    """
+    from tadistill.data import datasets
+    from tadistill.data.encoding import EvalSet, adds_bos, encode
+    from tadistill.data.encoding_rules import Rules
+    from tadistill.evaluation.run import evaluate as evaluate_set
+    from tadistill.evaluation.token_scores import Subject, unknown_text
+    from tadistill.models.forward import evaluating
+    from tadistill.models.tokens import end_tokens, shared_vocabulary
+
+    sets = listed("on", on, str | Path | Mapping)
+    content = {"train": sets[0], "dev": sets[0], "test": sets, "root": data_root, "template": template, "limit": {"test": limit}}
+    data = read_settings(Data, content, (), source="tadistill.evaluate")
+    if not isinstance(settings, Evaluate | Mapping | None):
+        raise ConfigError(f"`settings` is {settings!r}; give a dict with keys of `evaluate`, for instance {{'seeds': [10]}}")
+    decoding = settings if isinstance(settings, Evaluate) else read_settings(Evaluate, dict(settings or {}), (), source="settings")
+    _check_call(model, tokenizer, decoding, data)
+    model = getattr(model, "_orig_mod", model)  # torch.compile would compile the model again for each shape of a batch
+    subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
+    rules = Rules.of(data, "test", bos=adds_bos(tokenizer))
+    found = {}
+    with evaluating(model):
+        for ref in data.test:
+            examples = datasets.load(ref, "test", data)
+            encoded, counts = encode(examples, tokenizer, rules, name=ref.name)
+            of_set, per_byte = EvalSet(ref.name, examples, encoded), rules if decoding.bits_per_byte else None
+            for text in (f"{ref.name}: {counts.text}" if counts.text else "", unknown_text(of_set, tokenizer) if per_byte else ""):
+                if text:
+                    warnings.warn(text, stacklevel=2)
+            found[ref.name] = _means(evaluate_set(subject, of_set, decoding, per_byte=per_byte), decoding.pass_at)
+            for name in decoding.also if "also" in decoding.model_fields_set else ():
+                means = _means(evaluate_set(subject, of_set, decoding.other(name), read_references=False))
+                found[ref.name] |= {f"{metric}@{name}": value for metric, value in means.items()}
+    return found
+
+
+def _means(measured: "Evaluation", pass_at: Sequence[int] = ()) -> dict[str, float]:
+    scores = with_passes({metric: np.asarray(values) for metric, values in measured.scores.items()}, pass_at)
+    return {metric: float(np.mean(values)) for metric, values in scores.items()} | measured.corpus["numbers"]
+
+
+def _check_call(model: Any, tokenizer: Any, decoding: Evaluate, data: Data) -> None:
+    """Raise a ConfigError if the model is not loaded, or if a setting would have no effect on a loaded model."""
+    try:
+        decoding.check_sets([ref.columns for ref in data.test])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if key := next((key for key in ("tasks", "fewshot") if getattr(decoding, key) not in ((), None)), None):
+        raise ConfigError(
+            f"settings.{key} is for lm-eval, which tadistill.evaluate does not run; remove `{key}`, or save the model and use "
+            "`tadistill eval MODEL --harness lm-eval --tasks TASK`"
+        )
+    for place, each in {"": decoding, **{f"also.{name}.": decoding.other(name) for name in decoding.also}}.items():
+        if each.engine == "vllm":
+            raise ConfigError(
+                f"settings.{place}engine is `vllm`, but a loaded model is sampled in this process; remove `engine`, or save the model and "
+                "use `tadistill eval MODEL --set evaluate.engine=vllm`"
+            )
+    if not hasattr(model, "generate") or not callable(tokenizer):
+        raise ConfigError(
+            f"evaluate needs a loaded model and its tokenizer, but got {type(model).__name__} and {type(tokenizer).__name__}; "
+            "load them with transformers or tadistill.load_student, or use `tadistill eval MODEL` for a directory or a hub id"
+        )
+    has, wanted = str(model.dtype).removeprefix("torch."), DTYPES[decoding.precision]
+    if "precision" in decoding.model_fields_set and has != wanted:
+        raise ConfigError(
+            f"settings.precision is `{decoding.precision}`, but the weights of the loaded model are {has}; convert the model with "
+            f"model.to(torch.{wanted}), or remove `precision`"
+        )
