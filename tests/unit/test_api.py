@@ -1,6 +1,8 @@
 """The Python API: what it takes, what it returns, what it records, and its mistakes in sentences."""
 
 import logging
+import pickle
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -40,8 +42,7 @@ def commands(monkeypatch, tmp_path):
         return tmp_path
 
     monkeypatch.setattr(api, "run_study", run_study)
-    monkeypatch.setattr(api.study, "read_results", lambda study, store: study)
-    monkeypatch.setattr(api, "write_report", lambda results: results / "report.html")
+    monkeypatch.setattr(api, "_reported", lambda directory, root: None)
     return found
 
 
@@ -89,10 +90,19 @@ arms: {trained: a}
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
+def run_in_this_process(patch):
+    patch.setattr("tadistill.runner.schedule.prepared", nullcontext)
+    patch.setattr("tadistill.runner.run_study.run_stages", run_here)
+
+
+@pytest.fixture
+def runs_here(monkeypatch):
+    run_in_this_process(monkeypatch)
+
+
     """A study of one stage and its evaluation, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tadistill.runner.schedule.prepared", nullcontext)
-        patch.setattr("tadistill.runner.run_study.run_stages", run_here)
+        run_in_this_process(patch)
         return tadistill.run(TINY, ["study=api"], runs=tmp_path_factory.mktemp("runs"))
 
 
@@ -128,6 +138,60 @@ def evaluated(study, on: Any = "tinyworld", **settings):
     model, tokenizer = tadistill.load_student(study, "trained", 1)
     (found,) = tadistill.evaluate(model, tokenizer, on, template="plain", settings={"max_new_tokens": 4, **settings}, limit=4).values()
     return found
+
+def weights(of, arm="trained"):
+    model, _ = tadistill.load_student(of, arm)
+    return torch.cat([part.detach().flatten() for part in model.parameters()])
+
+
+def test_a_study_keeps_its_model_and_its_page_after_a_later_run(study, runs_here, tmp_path, monkeypatch):
+    """They were those of the newest run with the study's name."""
+    shutil.copytree(study.directory.parent, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    first = tadistill.run(TINY, ["study=api"])
+    own, page = weights(first), first.page.read_bytes()
+    second = tadistill.run(TINY, ["study=api", "models.a.sft.optim.lr=0.1"])
+    third = tadistill.run(TINY, ["study=api", "models.a.sft.optim.lr=0.01"])
+    assert first.directory.parent == second.directory.parent == tmp_path / "runs" / "api" / "earlier"
+    assert third.directory == tmp_path / "runs" / "api"
+    assert first.page.read_bytes() == page
+    assert torch.equal(weights(first), own)
+    assert torch.equal(weights(first.directory), own)  # the folder of the earlier report is a study
+    assert not torch.equal(weights(second), own)
+    assert first.rows == study.rows
+
+
+def test_a_study_can_be_used_from_another_directory_and_process(study, runs_here, tmp_path, monkeypatch):
+    shutil.copytree(study.directory.parent, tmp_path / "relative")
+    monkeypatch.chdir(tmp_path)
+    found = tadistill.run(TINY, ["study=api"], runs="relative")
+    planned = tadistill.plan(TINY, ["study=api"], runs="relative")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for each in (found, pickle.loads(pickle.dumps(found))):
+        assert torch.equal(weights(each), weights(study))
+        assert each.rows == study.rows
+        assert each.page == tmp_path / "relative" / "api" / "report.html"
+    assert [stage["finished"] for stage in planned.stages] == [True, True]
+    assert pickle.loads(pickle.dumps(planned)).stages == planned.stages
+
+
+def test_a_study_keeps_the_titles_of_its_own_metrics(study, runs_here, tmp_path, monkeypatch):
+    """They were those of the last study of the process, for metrics of the same name."""
+    monkeypatch.setattr("tadistill.metrics.METRICS", dict(METRICS))
+    shutil.copytree(study.directory.parent / "store", tmp_path / "runs" / "store")
+    (tmp_path / "scores.py").write_text("def words(prediction, references):\n    return float(len(prediction.split()))\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, **metric):
+        return tadistill.run(yaml.safe_load(TINY) | {"study": name, "metrics": [{"function": "scores:words", **metric}]})
+
+    first = run("one", title="count of words")
+    shown, rows = str(first), first.rows
+    second = run("two", title="wordiness", better="lower", unit="percentage points")
+    assert ("count of words" in shown, "wordiness" in str(second)) == (True, True)
+    assert (str(first), first.rows) == (shown, rows)
+
 
 
 def test_a_loaded_model_keeps_the_mode_of_each_module(study):

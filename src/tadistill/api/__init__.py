@@ -125,12 +125,16 @@ def load_student(
         raise ConfigError(f"`study` is {shown(study)}; give what tadistill.run returned, or a study's name, directory or recipe")
     if not isinstance(seed, Integral | None):
         raise ConfigError(f"`seed` is {shown(seed)}; give a training seed, which is a whole number")
-    directory, store = (study.directory, study._store) if isinstance(study, Study) else find_study(str(study), runs)
-    folder, _ = trained_model(load_plan(directory), store, arm, seed)
+    if isinstance(study, Study):  # its own plan: a later run may have replaced the file
+        plan, store = study._results.plan, study._results.store
+    else:
+        directory, store = find_study(str(study), runs)
+        plan = load_plan(directory)
+    folder, _ = trained_model(plan, store, arm, seed)
     return load_model(folder), load_tokenizer(folder)
 
 
 def _reported(directory: Path, root: Path) -> Study:
     study = Study(directory, store_of(root))
-    study.page = write_report(study._results)
+    write_report(study._results)
     return study

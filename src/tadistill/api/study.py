@@ -12,6 +12,7 @@ from rich.text import Text
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan
 from tadistill.report import read_results, summary_table
+from tadistill.runner.run_study import EARLIER, evaluations_key
 from tadistill.store import Store
 from tadistill.text import counted
 
@@ -36,11 +37,23 @@ class _Shown:
 class Study(_Shown):
     """A study that has run: its arms and its numbers. A notebook shows the study's main result and a table of its arms."""
 
-    def __init__(self, directory: Path, store: Store, page: Path | None = None):
-        self.directory = directory
-        self.page = page or directory / "report.html"
+    def __init__(self, directory: Path, store: Store):
+        self._home, self._store = directory.absolute(), Store(store.root.absolute())
+        self._evaluations = evaluations_key(self._home)
+
+    def __reduce__(self) -> tuple[type["Study"], tuple[Path, Store]]:
+        return Study, (self.directory, self._store)  # a copy in another process reads the same files
+
+    @property
+    def directory(self) -> Path:
+        """The directory with the study's plan and report. A later run with other evaluations moves both to a folder in `earlier`."""
+        moved = self._home / EARLIER / self._evaluations
+        return moved if evaluations_key(self._home) != self._evaluations and moved.is_dir() else self._home
+
+    @property
+    def page(self) -> Path:
         """Path of the HTML report."""
-        self._store = store
+        return self.directory / "report.html"
 
     @cached_property
     def _results(self) -> Any:
@@ -68,7 +81,7 @@ class PlannedStudy(_Shown):
     """The stages of a study that has not run yet. A notebook shows the tables of `tadistill plan`."""
 
     def __init__(self, plan: Plan, store: Store):
-        self._plan, self._store = plan, store
+        self._plan, self._store = plan, Store(store.root.absolute())
 
     @property
     def stages(self) -> list[dict[str, Any]]:

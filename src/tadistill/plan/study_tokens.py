@@ -41,6 +41,9 @@ class StudyTokens:
         self.tokenizer: Callable[[str], tuple[str, str] | None] = cache(self._other_tokenizer)
         """Returns the source and the revision of the tokenizer that a model uses in place of its own. None if it uses its own."""
 
+    def __reduce__(self) -> tuple[type["StudyTokens"], tuple[Recipe, str | None]]:
+        return StudyTokens, (self.recipe, self.teacher)  # the caches cannot be pickled
+
     # --- what the stages need -------------------------------------------------------------------------------------------
 
     def _other_tokenizer(self, name: str) -> tuple[str, str] | None:

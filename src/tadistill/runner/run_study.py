@@ -144,6 +144,16 @@ def _changed(old: dict, new: dict) -> list[str]:
 
 
 _REPORT = ("report.html", "report.md", "results.json", "results.csv", "results-summary.csv")
+EARLIER = "earlier"
+"""Name of the folder, in a study's directory, with the reports that later runs have moved. Each is in a folder `evaluations_key`."""
+
+
+def evaluations_key(study: Path) -> str:
+    """Return a digest of the evaluations that the report of a study's plan.json shows."""
+    try:
+        return _key_of_shown(json.loads((study / "plan.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return key_of("damaged")[:8]
 
 
 def _keep_report(study: Path, content: dict) -> Path | None:
@@ -151,13 +161,10 @@ def _keep_report(study: Path, content: dict) -> Path | None:
     files = [name for name in _REPORT if (study / name).is_file()]
     if not path.is_file() or not files:
         return None
-    try:
-        old = _shown(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError):
-        old = "damaged"
-    if old == _shown(content):
+    old = evaluations_key(study)
+    if old == _key_of_shown(content):
         return None
-    folder = study / "earlier" / key_of(old)[:8]
+    folder = study / EARLIER / old
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / path.name) as temporary:
@@ -167,9 +174,9 @@ def _keep_report(study: Path, content: dict) -> Path | None:
     return folder / files[0]
 
 
-def _shown(content: dict) -> list:
+def _key_of_shown(content: dict) -> str:
     arms = [[arm[name] for name in ("name", "evaluate", "analyse", "also", "published")] for arm in content["arms"]]
-    return [content["recipe"]["margin"], arms]
+    return key_of([content["recipe"]["margin"], arms])[:8]
 
 
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:
