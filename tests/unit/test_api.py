@@ -23,6 +23,7 @@ from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError, ModelError
 from tadistill.evaluation import text_scores
 
+from tadistill.metrics import METRICS
 RECIPE = """
 study: calls
 seeds: [1]

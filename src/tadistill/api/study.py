@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from tadistill.config.evaluate import declare_own_metrics
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan
 from tadistill.report import read_results, summary_table
@@ -56,8 +57,13 @@ class Study(_Shown):
         return self.directory / "report.html"
 
     @cached_property
-    def _results(self) -> Any:
+    def _read(self) -> Any:
         return read_results(self.directory, self._store)
+
+    @property
+    def _results(self) -> Any:
+        declare_own_metrics(self._read.plan.recipe)  # another study of this process may have other metrics with the same names
+        return self._read
 
     @property
     def rows(self) -> list[dict[str, Any]]:

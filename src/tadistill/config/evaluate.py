@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Decoding, FunctionName, Name, Precision, Seeds, Strict
 from tadistill.errors import ConfigError
-from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric
+from tadistill.metrics import BUILT_IN, METRICS, PERCENT, POINTS, Metric, declare
 
 TASK_FILE = (".yaml", ".yml")
 """Endings of files that define a task of lm-eval."""
@@ -144,6 +144,11 @@ class OwnMetric(Strict):
         bounded = self.unit in (POINTS, PERCENT)
         title = self.title or self.name.replace("_", " ")
         return Metric(self.name, title, "quality", self.unit, self.decimals, self.better, signed=not bounded)
+
+
+def declare_own_metrics(recipe: Mapping[str, Any]) -> None:
+    """Add the metrics of a recipe's own code to the table of metrics, given the recipe as plain data."""
+    declare(*(OwnMetric.model_validate(entry).row for entry in recipe.get("metrics", ())))
 
 
 REFERENCE = "reference"

@@ -10,12 +10,11 @@ from typing import Any
 
 from tadistill.config.arm import Control, Published, flat, marked, members, path_text, read_control, routed
 from tadistill.config.data import drawn_text, training_refs, training_shares
-from tadistill.config.evaluate import OwnMetric
+from tadistill.config.evaluate import declare_own_metrics
 from tadistill.config.load import study_in
 from tadistill.config.recipe_files import located
 from tadistill.disk import from_home, read_json
 from tadistill.errors import ConfigError, StoreError, did_you_mean
-from tadistill.metrics import declare
 from tadistill.runner.local import is_search, not_planned
 from tadistill.store import Store, command_for, named_runs, plan_again, runs_directory, with_store
 
@@ -244,7 +243,7 @@ def load_plan(study_dir: Path) -> StudyPlan:
             tokenizers=tuple(map(tuple, content.get("tokenizers", ()))),
             seen=tuple(content.get("seen", ())),
         )
-        declare(*(OwnMetric.model_validate(entry).row for entry in content["recipe"].get("metrics", ())))
+        declare_own_metrics(plan.recipe)
         for name in {name for arm in plan.arms for name in (*flat(arm.path), arm.model)}:
             plan.parameters[name]  # an arm with an undeclared model also means a damaged plan
     except (KeyError, TypeError, ValueError, AttributeError) as error:
