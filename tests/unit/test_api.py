@@ -126,6 +126,12 @@ def test_a_notebook_and_a_terminal_show_the_table(study):
 
 
 def test_a_student_is_loaded_by_study_or_name(study):
+def test_the_text_of_a_study_is_the_same_in_jupyter(study, monkeypatch):
+    before = str(study), study._repr_html_()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert (str(study), study._repr_html_()) == before
+
+
     model, tokenizer = tadistill.load_student(study, "trained", 1)
     again, _ = tadistill.load_student("api", "trained", runs=study.directory.parent)
     ids = torch.tensor([tokenizer("what is the favourite colour of bavan ?")["input_ids"]])

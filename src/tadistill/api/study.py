@@ -25,12 +25,12 @@ class _Shown:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
+        console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_jupyter=False)  # Jupyter would show it at once
         console.print(self.__rich__())
         return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH, record=True)
+        console = Console(file=io.StringIO(), width=_WIDTH, record=True, force_jupyter=False)
         console.print(self.__rich__())
         return console.export_html(inline_styles=True, code_format='<pre style="font-family:monospace;line-height:1.3">{code}</pre>')
 
