@@ -3,6 +3,7 @@
 A recipe cannot refer to anything outside its file. References `${…}`, as OmegaConf has them, are errors.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -17,7 +18,19 @@ from pydantic import BaseModel, ValidationError
 from tadistill.config.common import Strict
 from tadistill.config.error_messages import problems
 from tadistill.config.recipe import Recipe, own_functions
-from tadistill.config.recipe_files import DEEPEST, NO_REFERENCES, Lines, contents, located, settled, shipped, where
+from tadistill.config.recipe_files import (
+    CLEAR,
+    DEEPEST,
+    FAST,
+    NO_REFERENCES,
+    Lines,
+    check_depth,
+    contents,
+    located,
+    settled,
+    shipped,
+    where,
+)
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about, leads_nowhere
@@ -29,14 +42,24 @@ _SHOWN = 20
 
 
 def study_in(recipe: Path) -> str | None:
-    """Return the name of the study in a recipe file. Return None if the file is not a recipe."""
+    """Return the name of the study in a recipe file. Return None if the file is not a recipe.
+
+    Other keys may be wrong, because the file may have been edited since the study ran.
+    """
     if recipe.suffix not in (".yaml", ".yml") or not recipe.is_file():
         return None
     try:
-        content = yaml.load(recipe.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # `study: 010` stays a text
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        text = recipe.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
         return None
-    return str(content["study"]) if isinstance(content, dict) and content.get("study") else None
+    for loader in (FAST, CLEAR):  # the loaders of recipes: others accept other texts
+        with contextlib.suppress(yaml.YAMLError, ConfigError):
+            check_depth(text, str(recipe), loader)
+            node = yaml.compose(text, Loader=loader)
+            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+            names = [value.value for key, value in pairs if key.value == "study" and isinstance(value, yaml.ScalarNode)]
+            return next(filter(None, names), None)
+    return None
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:

@@ -142,8 +142,8 @@ def _loader(base: Any) -> Any:
     return loader
 
 
-_FAST = _loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml takes a tenth of the time
-_CLEAR = _loader(yaml.SafeLoader)  # its messages say more
+FAST = _loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml takes a tenth of the time
+CLEAR = _loader(yaml.SafeLoader)  # its messages say more
 
 
 def contents(text: str, what: str, *, check_keys: bool = True) -> tuple[Any, Lines]:
@@ -158,9 +158,9 @@ def contents(text: str, what: str, *, check_keys: bool = True) -> tuple[Any, Lin
     """
     try:
         try:
-            return _read(_FAST, text, what, check_keys)
+            return _read(FAST, text, what, check_keys)
         except yaml.YAMLError:
-            return _read(_CLEAR, text, what, check_keys)
+            return _read(CLEAR, text, what, check_keys)
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with thousands of digits
@@ -201,7 +201,7 @@ def _read(kind: Any, text: str, what: str, check_keys: bool) -> tuple[Any, Lines
         sizes[id(node)] = size
         return size
 
-    _check_depth(text, what, kind)
+    check_depth(text, what, kind)
     loader = kind(text)
     node = loader.get_single_node()
     return node and walk(node, ()) and loader.construct_document(node), lines
@@ -244,7 +244,8 @@ def _not_yaml(error: Exception, source: str) -> str:
     return f"{source}{where} cannot be read as YAML: {what}"
 
 
-def _check_depth(text: str, what: str, loader: Any) -> None:
+def check_depth(text: str, what: str, loader: Any) -> None:
+    """Raise a ConfigError if the keys of a YAML text are nested too deep."""
     depth = 0
     for event in yaml.parse(text, Loader=loader):  # yaml.parse does not recurse, unlike the steps after this check
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

@@ -13,6 +13,7 @@ from tests.unit.runner.small import small
 
 from tadistill.api import compare
 from tadistill.config import parse
+from tadistill.config.load import study_in
 from tadistill.errors import ConfigError
 from tadistill.metrics import METRICS
 from tadistill.plan.arms import make_plan
@@ -33,6 +34,29 @@ def test_a_recipe_that_has_changed_since_the_run_says_so(tmp_path):
     other = " ".join(tadistill("status", str(file), "--runs", str(runs)).out.split())
     assert "small.yaml has changed since the last run of the study, `tadistill run small.yaml seeds=[3]`; the following is about" in other
     assert "has changed" not in tadistill("status", "small", "--runs", str(runs)).out
+
+
+QUESTION = "data: {train: t.jsonl, test: [{load: t.jsonl, instruction: Is it good?, columns: {output: label}}]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (f"study: ours\n{QUESTION}\n", "ours"),  # PyYAML's own loader refuses `?,`
+        ("\ufeffstudy: ours\n", "ours"),
+        ("study: ours\nseeds: [1]\nseeds: [2]\nteacher: ${x}\n? [a]\n: b\n", "ours"),  # edited since the run
+        ("study: 010\n", "010"),
+        ("study:\n", None),
+        ("study: {a: b}\n", None),
+        ("- study\n", None),
+        ("study: ours\ndata: {train\n", None),
+        (f"study: ours\ndata: {'[' * 500}{']' * 500}\n", None),
+    ],
+)
+def test_the_study_of_a_recipe_is_read_as_recipes_are(tmp_path, text, name):
+    file = tmp_path / "r.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert study_in(file) == name
 
 
 def test_the_teacher_of_a_recipe_is_known_without_its_analysis(tmp_path):
