@@ -17,6 +17,7 @@ SHORT = {
     "__main__.py": "the entry point of `python -m tadistill`",
 }
 MANY = {
+    ("api/loaded_model.py", "evaluate"): "the model, its test sets and all settings, all public",
     ("cli/running.py", "compare"): "options of a command",
     ("cli/running.py", "evaluate"): "options of a command",
     ("cli/studies.py", "human"): "options of a command",

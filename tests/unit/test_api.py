@@ -82,7 +82,7 @@ models:
              max_position_embeddings: 64, tie_word_embeddings: true}
     sft: {optim: {steps: 2, batch: 4}, select: {metric: last}}
 data: {train: tinyworld, dev: tinyworld, test: [tinyworld], template: plain, max_prompt: 24, max_length: 64,
-       limit: {train: 40, test: 4, dev: 4}}
+       limit: {train: 40, test: 4, dev: 4}, world: {people: 20}}
 evaluate: {seeds: [1], max_new_tokens: 4, also: {}}
 analyse: false
 arms: {trained: a}
@@ -138,14 +138,6 @@ def test_the_text_of_a_study_is_the_same_in_jupyter(study, monkeypatch):
     assert torch.equal(model(ids).logits, again(ids).logits)
 
 
-# --- a loaded model -----------------------------------------------------------------------------------------------------
-
-
-def evaluated(study, on: Any = "tinyworld", **settings):
-    model, tokenizer = tadistill.load_student(study, "trained", 1)
-    (found,) = tadistill.evaluate(model, tokenizer, on, template="plain", settings={"max_new_tokens": 4, **settings}, limit=4).values()
-    return found
-
 def weights(of, arm="trained"):
     model, _ = tadistill.load_student(of, arm)
     return torch.cat([part.detach().flatten() for part in model.parameters()])
@@ -200,6 +192,44 @@ def test_a_study_keeps_the_titles_of_its_own_metrics(study, runs_here, tmp_path,
     assert (str(first), first.rows) == (shown, rows)
 
 
+
+def evaluated(study, on: Any = "tinyworld", **settings):
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+    decoding, data = {"max_new_tokens": 4, **settings}, {"template": "plain", "world": {"people": 20}}
+    (found,) = tadistill.evaluate(model, tokenizer, on, settings=decoding, limit=4, data=data).values()
+    return found
+
+
+def test_a_loaded_model_has_the_scores_of_its_study(study):
+    """There was no argument for `data.world`, so the prompts were about 120 people."""
+    model, tokenizer = tadistill.load_student(study, "trained", 1)
+    data = {key: value for key, value in yaml.safe_load(TINY)["data"].items() if key not in ("train", "dev", "test")}
+    found = tadistill.evaluate(model, tokenizer, "tinyworld", settings={"max_new_tokens": 4, "seeds": [1]}, data=data)["tinyworld"]
+    rows = {row["metric"]: row["value"] for row in study.rows}
+    assert found.keys() >= {"fact_accuracy", "rouge_l", "loss"}
+    assert found == {metric: pytest.approx(rows[metric]) for metric in found}
+
+
+@pytest.mark.parametrize(
+    ("on", "arguments", "said"),
+    [
+        ({"load": "x", "world": {}}, {}, "tadistill.evaluate: `on.0.world` is not a known key; did you mean `data.world`?"),
+        ({"instruction": "x"}, {}, "tadistill.evaluate: `on.0.load` is missing; add it."),
+        (["x", {"load": "y/x.jsonl"}], {}, "tadistill.evaluate: `on`: two data sets have the name `x`; rename"),
+        ({"load": "x", "extra": ["y"]}, {}, "tadistill.evaluate: `on`: data set `x` has `extra`, but"),
+        ("x", {"template": "y"}, "tadistill.evaluate: `template` is 'y': write 'alpaca'"),
+        ("x", {"data": 3}, "`data` is 3; give a dict with keys of a recipe's `data`"),
+        ("x", {"data": {"wrld": 3}}, "tadistill.evaluate, data: `wrld` is not a known key; did you mean `world`?"),
+        ("x", {"data": {"world": {"people": 3}}}, "tadistill.evaluate, data: `world.people` is 3: write a number of at least 10"),
+        ("x", {"data": {"dev": "x"}}, "`data` has `dev`, but the data sets of an evaluation are those of `on`; remove `dev`"),
+        ("x", {"data": {"root": "."}, "data_root": "."}, "`data` has `root`, which the argument `data_root` also sets; remove one"),
+    ],
+)
+def test_mistakes_in_the_data_of_an_evaluation_name_its_arguments(on, arguments, said):
+    with pytest.raises(ConfigError) as caught:
+        tadistill.evaluate(None, None, on, **arguments)
+    assert len(caught.value.problems) == 1
+    assert str(caught.value).startswith(said)
 
 def test_a_loaded_model_keeps_the_mode_of_each_module(study):
     model, tokenizer = tadistill.load_student(study, "trained", 1)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 from tadistill.config.common import MOST, Name, Strict
 from tadistill.metrics import MEAN
@@ -123,6 +123,40 @@ DevData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, DataRef]
 """One dev set, or one for each training set."""
 
 
+def _without_extra(given: Any) -> Any:
+    refs = given.values() if isinstance(given, dict) else given if isinstance(given, tuple) else (given,)
+    for ref in refs:
+        if ref and ref.extra:
+            raise ValueError(
+                f"data set `{ref.name}` has `extra`, but `extra` is only used in a `context`, and a `context` is only used in "
+                "training; remove `extra`"
+            )
+    return given
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str | dict | DataRef) else value
+
+
+def _distinct(test: tuple[DataRef, ...]) -> tuple[DataRef, ...]:
+    names = [ref.name for ref in test]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two data sets have the name `{name}`; rename one of the files, or remove one data set")
+    if MEAN in names:
+        raise ValueError(f"a test set cannot be called `{MEAN}`, which means the mean over all test sets; rename the file or folder")
+    return test
+
+
+TestSets = Annotated[
+    tuple[DataRef, ...],
+    BeforeValidator(_listed, json_schema_input_type=DataRef | list[DataRef]),
+    AfterValidator(_without_extra),
+    AfterValidator(_distinct),
+]
+"""Test sets. A single one needs no list."""
+
+
 class Limit(Strict):
     """The number of rows to use from the start of each data set, for quick trials. By default, all rows are used."""
 
@@ -151,12 +185,12 @@ class Data(Strict):
     """The data set on which models are trained. Write a name, a file, a folder or a hub id, or the keys of a data set. For several sets,
     choose a name for each set, and write the set's keys below this name: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl,
     weight: 3}}. To split one file into train, dev and test, use the script in the page "Use your own data" of the documentation."""
-    dev: DevData
+    dev: Annotated[DevData, AfterValidator(_without_extra)]
     """The data set on which checkpoints and paths are chosen. If there are several training sets, each may have a dev set of the same name:
     {maths: maths-dev.jsonl, chat: chat-dev.jsonl}. Dev values are then means over these sets, with the weights of the training sets."""
-    test: tuple[DataRef, ...]
+    test: TestSets
     """The data sets on which trained models are measured. A single data set needs no list."""
-    corpus: DataRef | None = None
+    corpus: Annotated[DataRef | None, AfterValidator(_without_extra)] = None
     """Plain text for the language-modelling part of MiniLLM's loss."""
     root: str | None = None
     """Folder of local data sets. The default is the environment variable TADISTILL_DATA."""
@@ -228,11 +262,6 @@ class Data(Strict):
         for ref in self.test:
             yield "test", ref
 
-    @field_validator("test", mode="before", json_schema_input_type=DataRef | list[DataRef])
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | dict | DataRef) else value
-
     @model_validator(mode="before")
     @classmethod
     def _one_dev_set_by_name(cls, value: Any) -> Any:
@@ -265,29 +294,6 @@ class Data(Strict):
             except (TypeError, ValueError) as error:
                 raise ValueError(f"`{name}` is {value!r}; write text, a number, true, false, null, or a list or map of these") from error
         return given
-
-    @field_validator("dev", "test", "corpus")
-    @classmethod
-    def _no_extra(cls, given: Any) -> Any:
-        refs = given.values() if isinstance(given, dict) else given if isinstance(given, tuple) else (given,)
-        for ref in refs:
-            if ref and ref.extra:
-                raise ValueError(
-                    f"data set `{ref.name}` has `extra`, but `extra` is only used in a `context`, and a `context` is only used in "
-                    "training; remove `extra`"
-                )
-        return given
-
-    @field_validator("test")
-    @classmethod
-    def _distinct(cls, test: tuple[DataRef, ...]) -> tuple[DataRef, ...]:
-        names = [ref.name for ref in test]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two data sets have the name `{name}`; rename one of the files, or remove one data set")
-        if MEAN in names:
-            raise ValueError(f"a test set cannot be called `{MEAN}`, which means the mean over all test sets; rename the file or folder")
-        return test
 
     @model_validator(mode="after")
     def _dev_of_each(self):
