@@ -18,6 +18,7 @@ from tests.e2e.inprocess import run_here
 
 import tadistill
 from tadistill import api
+from tadistill.api.arguments import read_recipe
 from tadistill.config import Evaluate, parse
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError, ModelError
@@ -277,6 +278,14 @@ def test_seeds_are_whole_numbers_of_python_or_numpy(commands, seeds):
 def test_scoring_adds_no_handler_to_the_root_logger(monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     assert text_scores.rouge_l(["the cats sat"], [["a cat sits"]]) == [pytest.approx(100 / 3)]
+def test_numbers_of_a_recipe_may_be_those_of_numpy():
+    recipe = {**yaml.safe_load(RECIPE), "seeds": np.arange(1, 3), "margin": np.float32(0.5), "analyse": np.bool_(False)}
+    found, text, _ = read_recipe(recipe | {"evaluate": {"seeds": range(2), "max_new_tokens": np.int64(8)}, "study": np.str_("s")}, ())
+    assert (found.study, found.seeds, found.margin, found.analyse) == ("s", (1, 2), 0.5, False)
+    assert (found.evaluate.seeds, found.evaluate.max_new_tokens) == ((0, 1), 8)
+    assert parse(text, [], source="again").model_dump() == found.model_dump()
+
+
     assert logging.getLogger().handlers == []
 
 

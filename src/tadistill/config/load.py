@@ -202,11 +202,13 @@ def _merged(
 
 def _plain(value: Any, what: str, lines: Lines, at: tuple = ()) -> Any:
     # a copy; YAML reads an arm called 2.1 as a number, but an override does not
+    if hasattr(value, "tolist"):  # a number, a text or an array of NumPy or torch, in a dict from Python
+        value = value.tolist()
     if isinstance(value, dict):
         if None in value:
             raise ConfigError(f"{what} has a key without a name; write its name, or put the value in quotes if it is a text")
         return {str(name): _plain(part, what, lines, (*at, str(name))) for name, part in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return [_plain(part, what, lines, (*at, i)) for i, part in enumerate(value)]
     if isinstance(value, Path):  # in a dict from Python
         return str(value)
