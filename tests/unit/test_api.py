@@ -23,8 +23,8 @@ from tadistill.config import Evaluate, parse
 from tadistill.config.common import Decoding
 from tadistill.errors import ConfigError, ModelError
 from tadistill.evaluation import text_scores
-
 from tadistill.metrics import METRICS
+
 RECIPE = """
 study: calls
 seeds: [1]
@@ -90,8 +90,6 @@ arms: {trained: a}
 """
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
 def run_in_this_process(patch):
     patch.setattr("tadistill.runner.schedule.prepared", nullcontext)
     patch.setattr("tadistill.runner.run_study.run_stages", run_here)
@@ -102,6 +100,8 @@ def runs_here(monkeypatch):
     run_in_this_process(monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
     """A study of one stage and its evaluation, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         run_in_this_process(patch)
@@ -126,13 +126,13 @@ def test_a_notebook_and_a_terminal_show_the_table(study):
     assert "ROUGE-L" in console.export_text()
 
 
-def test_a_student_is_loaded_by_study_or_name(study):
 def test_the_text_of_a_study_is_the_same_in_jupyter(study, monkeypatch):
     before = str(study), study._repr_html_()
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert (str(study), study._repr_html_()) == before
 
 
+def test_a_student_is_loaded_by_study_or_name(study):
     model, tokenizer = tadistill.load_student(study, "trained", 1)
     again, _ = tadistill.load_student("api", "trained", runs=study.directory.parent)
     ids = torch.tensor([tokenizer("what is the favourite colour of bavan ?")["input_ids"]])
@@ -193,6 +193,8 @@ def test_a_study_keeps_the_titles_of_its_own_metrics(study, runs_here, tmp_path,
     assert (str(first), first.rows) == (shown, rows)
 
 
+# --- a loaded model -----------------------------------------------------------------------------------------------------
+
 
 def evaluated(study, on: Any = "tinyworld", **settings):
     model, tokenizer = tadistill.load_student(study, "trained", 1)
@@ -231,6 +233,7 @@ def test_mistakes_in_the_data_of_an_evaluation_name_its_arguments(on, arguments,
         tadistill.evaluate(None, None, on, **arguments)
     assert len(caught.value.problems) == 1
     assert str(caught.value).startswith(said)
+
 
 def test_a_loaded_model_keeps_the_mode_of_each_module(study):
     model, tokenizer = tadistill.load_student(study, "trained", 1)
@@ -275,9 +278,6 @@ def test_seeds_are_whole_numbers_of_python_or_numpy(commands, seeds):
     assert commands == ["tadistill compare a b --on dolly --seeds 1,2"]
 
 
-def test_scoring_adds_no_handler_to_the_root_logger(monkeypatch):
-    monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    assert text_scores.rouge_l(["the cats sat"], [["a cat sits"]]) == [pytest.approx(100 / 3)]
 def test_numbers_of_a_recipe_may_be_those_of_numpy():
     recipe = {**yaml.safe_load(RECIPE), "seeds": np.arange(1, 3), "margin": np.float32(0.5), "analyse": np.bool_(False)}
     found, text, _ = read_recipe(recipe | {"evaluate": {"seeds": range(2), "max_new_tokens": np.int64(8)}, "study": np.str_("s")}, ())
@@ -286,6 +286,28 @@ def test_numbers_of_a_recipe_may_be_those_of_numpy():
     assert parse(text, [], source="again").model_dump() == found.model_dump()
 
 
+def test_the_text_of_a_recipe_that_was_no_file_has_the_keys_that_are_set(tmp_path, monkeypatch):
+    """Each model had `tokenizer: null`, which is refused for a model behind an API."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    api = {"model": "large", "at": "http://localhost:1/v1"}
+    recipe = {**yaml.safe_load(RECIPE), "models": {"a": {"load": "./m"}, "t": {"api": api}}}
+    found, text, _ = read_recipe(recipe, ())
+    assert {key: set(group) for key, group in yaml.safe_load(text)["models"].items()} == {"a": {"load"}, "t": {"api"}}
+    assert set(yaml.safe_load(text)["data"]) == {"train", "dev", "test"}
+    assert parse(text, [], source="again", folder=tmp_path).model_dump() == found.model_dump()
+
+
+def test_a_recipe_in_one_line_is_a_text():
+    line = yaml.safe_dump(yaml.safe_load(RECIPE), default_flow_style=True, width=10_000).strip()
+    assert "\n" not in line
+    assert read_recipe(line, ())[0].model_dump() == read_recipe(RECIPE, ())[0].model_dump()
+
+
+def test_scoring_adds_no_handler_to_the_root_logger(monkeypatch):
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    assert text_scores.rouge_l(["the cats sat"], [["a cat sits"]]) == [pytest.approx(100 / 3)]
     assert logging.getLogger().handlers == []
 
 

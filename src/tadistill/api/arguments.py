@@ -20,7 +20,8 @@ def read_recipe(recipe: Given, overrides: Sequence[str]) -> tuple[Recipe, str, s
         if checked(overrides):
             raise ConfigError(f"overrides {list(overrides)} apply to a recipe's file, not to a `Recipe`; change it, or give the file")
         return recipe, _yaml(recipe), "recipe"
-    if isinstance(recipe, Path) or (isinstance(recipe, str) and "\n" not in recipe):
+    is_text = isinstance(recipe, str) and ("\n" in recipe or recipe.lstrip().startswith("{"))
+    if isinstance(recipe, str | Path) and not is_text:
         return load(recipe, checked(overrides)), read(recipe)[0], repr(str(recipe))
     if not isinstance(recipe, str | Mapping):
         raise ConfigError(f"`recipe` is {shown(recipe)}; give a path, the name of a recipe, YAML text, a dict or a Recipe")

@@ -259,21 +259,17 @@ def check_depth(text: str, what: str, loader: Any) -> None:
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
     """Return the recipe with its relative paths resolved. A path is tried beside the recipe's file, then in the working directory."""
-    written: dict[str, str] = {}
-
-    def found(load: str | None) -> str | None:
-        beside = _beside(folder, load) if load else None
-        if load and beside:
-            written[beside] = load
-        return beside or load
-
-    models = {name: m.model_copy(update={"load": found(m.load), "tokenizer": found(m.tokenizer)}) for name, m in recipe.models.items()}
+    models, written = {}, dict[str, str]()
+    for name, model in recipe.models.items():
+        found = {key: _beside(folder, load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load}
+        beside = {key: path for key, path in found.items() if path}
+        written |= {path: getattr(model, key) for key, path in beside.items()}
+        models[name] = model.model_copy(update=beside)  # sets no other key: those without a value are not in the recipe
     for _, ref in data_sets(recipe):
         ref._folder = folder
-    root = _folder_beside(folder, recipe.data.root)
-    if root and recipe.data.root:
-        written[root] = recipe.data.root
-    copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update={"root": root})})
+    root = {"root": _folder_beside(folder, recipe.data.root)} if recipe.data.root else {}
+    written |= {path: recipe.data.root for path in root.values() if recipe.data.root}
+    copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update=root)})
     copy._origin = Origin(source, lines, written)
     return copy
 
@@ -293,12 +289,12 @@ def _beside(folder: Path, load: str) -> str | None:
         return None
 
 
-def _folder_beside(folder: Path, root: str | None) -> str | None:
+def _folder_beside(folder: Path, root: str) -> str:
     try:
-        beside = root and not Path(root).expanduser().is_absolute() and (folder / root).is_dir()
+        beside = not Path(root).expanduser().is_absolute() and (folder / root).is_dir()
     except (OSError, RuntimeError, ValueError):
         return root
-    return str(folder / root) if root and beside else root
+    return str(folder / root) if beside else root
 
 
 def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Concatenate[Recipe, Given], Result]:
