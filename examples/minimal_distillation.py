@@ -40,6 +40,10 @@ parser.add_argument("--lr", type=float, default=1e-5)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--save", type=Path, help="directory for the trained student")
 options = parser.parse_args()
+lines = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else PROMPTS
+prompts = [line for line in lines if line.strip()]
+if not prompts:
+    parser.error(f"{options.prompts} has no prompt; write one per line")
 
 set_seed(options.seed)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +54,6 @@ teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.floa
 student = AutoModelForCausalLM.from_pretrained(options.student, dtype=torch.float32).to(device).eval()
 optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
 shared = min(student.config.vocab_size, teacher.config.vocab_size)  # the larger head has logits for ids that no token has
-prompts = cycle(options.prompts.read_text().splitlines() if options.prompts else PROMPTS)
 
 
 def response_mask(ids_BT: torch.Tensor, start: int) -> torch.Tensor:
@@ -71,9 +74,10 @@ def predictions(model, ids_BT: torch.Tensor, attention_BT: torch.Tensor) -> torc
     return logits[:, :-1, :shared]
 
 
+endless = cycle(prompts)
 for step in range(options.steps):
     # 1. The student answers a batch of prompts, from its whole distribution.
-    batch = tokenizer(list(islice(prompts, options.batch)), return_tensors="pt", padding=True).to(device)
+    batch = tokenizer(list(islice(endless, options.batch)), return_tensors="pt", padding=True).to(device)
     with torch.no_grad():
         ids_BT = student.generate(
             input_ids=batch["input_ids"],

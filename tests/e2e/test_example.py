@@ -88,7 +88,7 @@ def models(tmp_path) -> list[str]:
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     texts = [row["instruction"].split() for row in tinyworld.world_rows("tinyworld", "train")[:50]]
-    (tmp_path / "prompts.txt").write_text("\n".join(" ".join(words[: 2 + i % 3]) for i, words in enumerate(texts)))
+    (tmp_path / "prompts.txt").write_text("\n  \n".join(" ".join(words[: 2 + i % 3]) for i, words in enumerate(texts)))
     return [f"--{name}={tmp_path / path}" for name, path in (("teacher", "teacher"), ("student", "student"), ("prompts", "prompts.txt"))]
 
 
@@ -98,6 +98,14 @@ def test_minimal_distillation(run, models):
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+) nats", output)]
     assert len(losses) == 40
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_a_file_without_prompts_ends_minimal_distillation_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    monkeypatch.setattr(sys, "argv", ["minimal_distillation.py", "--teacher=t", "--student=s", f"--prompts={tmp_path / 'empty.txt'}"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "minimal_distillation.py"), run_name="__main__")
+    assert "empty.txt has no prompt; write one per line" in capsys.readouterr().err
 
 
 def test_the_first_loss_of_minimal_distillation(models, tmp_path, monkeypatch):
@@ -116,6 +124,6 @@ def test_the_first_loss_of_minimal_distillation(models, tmp_path, monkeypatch):
         total += float((q * (q / p).log()).sum())
         lengths.append(len(response))
         prompts.append(len(prompt))
-    assert len(set(prompts)) > 1  # so that some have padding
+    assert min(prompts) > 1 < len(set(prompts))  # blank lines are no prompts; some prompts have padding
     assert min(lengths) < 16 == max(lengths)  # some responses end early, others do not
     assert seen["loss"].item() == pytest.approx(total / sum(lengths), rel=1e-4)
