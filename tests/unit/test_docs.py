@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from tadistill.config.objective import MiniLLM
 from tadistill.config.reference import _TITLES, reference
+from tadistill.data import tinyworld
+from tadistill.text import listed
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"(?<![\w/])((?:docs|recipes|examples|benchmarks)/[\w./-]*\w\.\w+)")
@@ -42,6 +46,33 @@ def test_examples_of_python_load_arms_of_the_quickstart():
     places = [ROOT / name for name in ("src/tadistill/__init__.py", "src/tadistill/api/__init__.py", "docs/reference/python.md")]
     named = [re.findall(r'load_student\(study, "(.+?)"\)', path.read_text(encoding="utf-8")) for path in places]
     assert all(len(found) == 1 and found[0] in arms for found in named)
+
+
+def test_pages_name_the_fields_in_which_the_presets_of_minillm_differ():
+    """The page for users of MiniLLM's code said ten."""
+    paper, official = (MiniLLM(type="minillm", preset=preset).model_dump() for preset in ("paper", "official"))
+    differ = {name for name in paper if paper[name] != official[name]} - {"preset"}
+    page = (ROOT / "docs" / "concepts" / "minillm.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert {name for row in rows if row[2] != row[3] for name in re.findall(r"`(.+?)`", row[1])} == differ
+    assert f"rows {listed([row[0] for row in rows if row[2] == row[3]])} are the same" in page
+    assert (len(differ), "in nine fields" in page) == (9, True)
+    assert "differ in nine fields" in (ROOT / "docs" / "how-to" / "from-minillm.md").read_text(encoding="utf-8")
+
+
+def test_the_blocks_about_two_tokenizers_run_one_after_the_other():
+    page = (ROOT / "docs" / "concepts" / "tokenizers.md").read_text(encoding="utf-8")
+    tokenizers = tinyworld.tokenizer("tinyworld"), tinyworld.tokenizer("tinyworld-bpe")
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = [LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size)) for tokenizer in tokenizers]
+    names = dict(zip(("student_tokenizer", "teacher_tokenizer", "student_model", "teacher_model"), (*tokenizers, *models), strict=True))
+    names |= {
+        f"{side}_prompt": tokenizer("who is it ?")["input_ids"] for side, tokenizer in zip(("student", "teacher"), tokenizers, strict=True)
+    }
+    names["ids"] = [*tokenizers[0]("bavan lives in the old town")["input_ids"], tokenizers[0].eos_token_id]
+    for block in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        exec(block, names)
+    assert names["total"].item() > 0
 
 
 @pytest.mark.parametrize("prompts", [2, 3])
