@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN, FastGELUActivation, NewGELUActivation
+from transformers.initialization import no_init_weights
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -267,8 +268,17 @@ def count_parameters(config: Mapping[str, Any]) -> int:
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     """Return a model on the device `meta`, which needs no memory for its weights."""
-    with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    with torch.device("meta"):
+        return build_unset(config).eval()
+
+
+def build_unset(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return a model whose weights are not set, for a caller that replaces all of them. Random ones would take longer to draw than the
+    others to load. `options` are those of `from_config`. The state of the global random generator does not change."""
+    with torch.random.fork_rng(devices=[]), no_init_weights(), quiet():
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+    model.tie_weights()
+    return model
 
 
 def _reason(error: Exception, fields: Mapping[str, Any]) -> str:
@@ -303,12 +313,14 @@ def quiet() -> Iterator[None]:
     """Hide progress bars and warnings of transformers while a `with` block runs, because they would break the progress display of
     tadistill. Errors are still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    if loud := verbosity < logging.ERROR:  # a change of the verbosity takes time, because it clears what all loggers of the process know
+        logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        if loud:
+            logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
 

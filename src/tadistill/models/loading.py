@@ -36,6 +36,7 @@ from tadistill.disk import ordinary_permissions, writing
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
 from tadistill.models.architectures import (
+    build_unset,
     check_config,
     first_line,
     is_full,
@@ -321,8 +322,7 @@ def _check_attention(config: PreTrainedConfig, file: Path) -> None:
 def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(loaded.config)
     delattr(config, "quantization_config")  # only quantised models have this field
-    with torch.random.fork_rng(devices=[]):  # the random weights are replaced below
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    plain = build_unset(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = loaded.generation_config

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tadistill.errors import ConfigError, ModelError
-from tadistill.models.architectures import build_on_meta, first_line, is_full, quiet
+from tadistill.models.architectures import build_on_meta, build_unset, first_line, is_full
 from tadistill.models.prunable_parts import FAMILIES, Axis, Family, Importance, keep_important
 from tadistill.models.shapes import Shape, changes, check_shape, shape_of
 
@@ -194,11 +194,8 @@ def _renumbered(weights: Mapping[str, torch.Tensor], stack: str, keep: Sequence[
 
 def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     try:
-        # the random weights are replaced below; the device `meta` has none
-        with torch.random.fork_rng(devices=[]), torch.device("meta" if model.device.type == "meta" else "cpu"), quiet():
-            pruned = AutoModelForCausalLM.from_config(
-                config, dtype=model.dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
-            )
+        with torch.device("meta" if model.device.type == "meta" else "cpu"):
+            pruned = build_unset(config, dtype=model.dtype, attn_implementation=config._attn_implementation)
         pruned.load_state_dict(weights)
     except Exception as error:  # the code of a model family can raise any error
         if is_full(error):
