@@ -25,6 +25,7 @@ of the text.
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -65,6 +66,11 @@ class Subject:
         eos = self.tokenizer.eos_token_id
         assert isinstance(eos, int)
         return eos
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The forward pass of the model, which is checked once for all metrics."""
+        return Reader(self.model)
 
 
 def likelihood(subject: Subject, sequences: Seq[Sequence], *, batch: int) -> PerToken:
@@ -143,7 +149,7 @@ def per_token(
     of sequences in the batch.
     """
     found: PerToken = {name: [np.empty(0)] * len(sequences) for name in names}
-    reader, teachers = Reader(subject.model), [*map(teacher_of, others)]
+    reader, teachers = subject.reader, [*map(teacher_of, others)]
     for part in by_length(sequences, batch):
         rows = collate([sequences[i] for i in part], pad=subject.pad).to(subject.model.device)
         targets = [teacher.target(rows) for teacher in teachers]

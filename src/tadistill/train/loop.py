@@ -206,7 +206,9 @@ class _Run:
             group["lr"] = learning_rate(self.optim, done, self.optim.steps)
         # runs with equal numbers of processes have equal dropout; the first process has that of a run with one process
         rank = self.accelerator.process_index
-        torch.manual_seed(rng.torch_seed(self.seed, "dropout", done, *([rank] if rank else [])))
+        # on a machine without a GPU, torch.manual_seed writes down the call stack three times, for devices that may still come
+        seeded = torch.default_generator if self.accelerator.device.type == "cpu" else torch
+        seeded.manual_seed(rng.torch_seed(self.seed, "dropout", done, *([rank] if rank else [])))
         with self.meter.timed("training"):
             row = _update(self.model, self.step, batches, self.optimizer, self.optim, self.accelerator, done)
             if self.step.average:
