@@ -45,8 +45,8 @@ _BLUE, _RED, _GREEN = Look("var(--c0)"), Look("var(--worse)"), Look("var(--bette
 
 def render_advice(report: Report) -> str:
     looks = {path_text(path): found for path, found in path_looks(report).items()}
-    environment = charts.html_templates("tadistill.advise", "tadistill.report")
-    environment.filters.update(signed=signed_number, estimate=plus_minus, names=_names, few=_few)
+    filters = {"signed": signed_number, "estimate": plus_minus, "names": _names, "few": _few}
+    environment = charts.html_templates("tadistill.advise", "tadistill.report", **filters)
     return environment.get_template("advice.html.j2").render(
         report=report,
         advice=report.advice,

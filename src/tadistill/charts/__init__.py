@@ -9,7 +9,10 @@ sheet: each has one value for light, dark and printed pages. Every mark has the 
 an arm in all figures.
 """
 
+from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -38,9 +41,11 @@ __all__ = [
 ]
 
 
-def html_templates(*packages: str) -> Environment:
-    """Return the templates of the packages. They escape all values, and show hidden characters of values as escapes."""
-    return Environment(
+@cache
+def html_templates(*packages: str, **filters: Callable[..., Any]) -> Environment:
+    """Return the templates of the packages, which are compiled once per process. They escape all values, and show hidden characters of
+    values as escapes."""
+    found = Environment(
         loader=ChoiceLoader([PackageLoader(package) for package in packages]),
         autoescape=True,
         finalize=visible_parts,
@@ -48,6 +53,8 @@ def html_templates(*packages: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.filters.update(filters)
+    return found
 
 
 def style() -> str:

@@ -83,8 +83,7 @@ class ArmGroup:
 
 
 def render_page(results: Results) -> str:
-    environment = charts.html_templates("tadistill.report")
-    environment.filters.update(embedded=charts.embedded, prose=_prose, packed=_packed)
+    environment = charts.html_templates("tadistill.report", embedded=charts.embedded, prose=_prose, packed=_packed)
     shown = {**_first(results), **_sections(results), **_samples(results, samples(results))}
     return environment.get_template("report.html.j2").render(charts=charts, **shown)
 
