@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ledger.py [--json PATH] [--markdown PATH] [--quick]
 
-Every stage runs as in a study, dev evaluations included, inside torch's FlopCounterMode. "Predicted" is the number of `tadistill plan`
+Every stage runs as in a study, dev evaluations included, with the formulas of torch's FlopCounterMode. "Predicted" is the number of `tadistill plan`
 (`plan.costs.Ledger`), "metered" the number in the stage's manifest (`train.monitoring`). Errors are errors of the totals against torch's
 count.
 

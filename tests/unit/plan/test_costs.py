@@ -8,7 +8,10 @@ from typing import get_args
 import pytest
 import tokenizers
 import tokenizers.models
+import torch
+from tests.conftest import tiny_model
 from tests.unit.plan.fakes import spec
+from torch.utils.flop_counter import FlopCounterMode
 
 from tadistill.config import Method, Optim, validate
 from tadistill.config.objective import Contrastive, ForwardKL
@@ -68,6 +71,18 @@ def recipe(family: str) -> dict:
         "evaluate": {"also": {}, "max_new_tokens": 8},
         "arms": {name: {"path": "t > s"} | arm for name, arm in ARMS.items()},
     }
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_counter_counts_as_torchs_own_does(inference):
+    model, ids = tiny_model("llama"), torch.arange(12).view(2, 6)
+    with FlopCounterMode(display=False, custom_mapping=COUNTED["_ADDED"]) as whole, COUNTED["Counter"]() as counter:
+        if inference:  # where torch does not divide operations into their parts
+            with torch.inference_mode():
+                model(ids)
+        else:
+            model(ids, labels=ids).loss.backward()
+    assert counter.flops == whole.get_total_flops() > 0
 
 
 @pytest.mark.slow
