@@ -12,19 +12,24 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from multiprocessing.connection import wait
+from typing import Any
 from unittest import mock
 
 import pytest
 import submitit  # noqa: F401  here: its import closes the streams of absl's handlers, unless they are sys.stdout and sys.stderr
 from accelerate.state import AcceleratorState
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from tadistill import cli
 from tadistill.plan.arms import Plan
 from tadistill.plan.task import make_task
+from tadistill.rollout import decoder
+from tadistill.stages import context
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 
@@ -32,12 +37,37 @@ gc.freeze()  # each stage ends with a collection, which would look through all i
 CALLERS = ("tadistill.runner.run_study", "tadistill.search.command", "tadistill.advise.command")
 
 
+def once(try_out: Callable[[PreTrainedModel], Any]) -> Callable[[PreTrainedModel], Any]:
+    """Try out only the first of the models with the same modules and the same configuration. Every stage loads its models anew."""
+    found: dict[str, Any] = {}
+
+    @wraps(try_out)
+    def instead(model: PreTrainedModel) -> Any:
+        kind = f"{model} {model.config.to_json_string()} {model.dtype}"
+        if kind not in found:
+            found[kind] = try_out(model)
+        return found[kind]
+
+    return instead
+
+
+FIRST_RIGHT, CHECK_READING = once(decoder._first_right), once(context.check_reading)
+
+
+@contextlib.contextmanager
+def tried_once() -> Iterator[None]:
+    """Try out models of the same kind once in this process and its forks, while a `with` block runs."""
+    with mock.patch.object(decoder, "_first_right", FIRST_RIGHT), mock.patch.object(context, "check_reading", CHECK_READING):
+        yield
+
+
 def run_here(plan: Plan, store: Store, *, jobs: int, console: Console, needs: Iterable[str] = ()) -> None:
     """Run the stages that the store lacks, as `run_stages` does, one after another in this process."""
-    for stage in plan.stages.values():
-        run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
-        gc.freeze()  # the stage has collected its garbage; the next one need not look through what is left
-        AcceleratorState._reset_state(True)  # other stages and tests of this process have precisions of their own
+    with tried_once():
+        for stage in plan.stages.values():
+            run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+            gc.freeze()  # the stage has collected its garbage; the next one need not look through what is left
+            AcceleratorState._reset_state(True)  # other stages and tests of this process have precisions of their own
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from tests.e2e.inprocess import tried_once
 
 from tadistill.config import load
 from tadistill.errors import Interrupted
@@ -165,13 +166,14 @@ def outcome(store: Store, key: str) -> dict:
     return {"digests": digests, "rows": rows, "left": left}
 
 
+@tried_once()
 def main(out: Path, only: list[str]) -> None:
     """Write OUT/found.json. `only` are the names of the stages to interrupt; an empty list means all."""
     torch.set_num_threads(1)
     teacher.GENERATION_BATCH, recorded._PART = 2, 8  # several parts of the little that there is
     whole = Store(out / "whole")
     chosen, needed = cases(whole.root)
-    for key, task in needed.items():  # in this process: the children then have what is imported at first use
+    for key, task in needed.items():  # in this process: the children then have what is imported and tried out at first use
         assert watched(task, out / f"log-{key}", stop=lambda: False) == 0, task.label
     gc.collect()
     gc.freeze()  # else each child copies the pages of all objects when it collects garbage

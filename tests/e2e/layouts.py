@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from tests.e2e.inprocess import tried_once
 from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model, rows
 from tests.families import tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -95,6 +96,7 @@ def _losses(directory: Path) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+@tried_once()
 def train(directory: Path, case: Case, *, stop: Callable[[], bool] = lambda: False) -> Found:
     """Train; the state stays in `directory`, and the model as a Hugging Face directory in `directory`/model."""
     objective, sampling = METHODS[case.method]

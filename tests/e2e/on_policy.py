@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from tests.e2e.inprocess import tried_once
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tadistill.config import DataRef
@@ -86,6 +87,7 @@ def model(seed: int, hidden: int, tokenizer, **changes: Any) -> LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(**sizes | changes)).eval()
 
 
+@tried_once()
 def train(
     directory: Path, case: tuple[str, int], *, stop: Callable[[], bool] = lambda: False, interrupt: int | None = None
 ) -> torch.Tensor:

@@ -10,7 +10,8 @@ from tests.e2e.test_study import command, manifests, rows, run_here
 ARMS = "{direct: xl > s, takd: xl > l > s}"
 SMALL = [
     *("method.optim.steps=4", "method.sampler.rollouts=16", "method.sampler.inner_epochs=1"),
-    *("data.test=[tinyworld]", "evaluate.seeds=[1]"),
+    *("data.test=[tinyworld]", "evaluate.seeds=[1]", "models.xl.sft.optim.steps=10", "models.l.sft.optim.steps=5"),
+    *("models.xl.sft.select.every=5", "models.l.sft.select.every=5", "models.s.sft.optim.steps=5"),
 ]
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import ssl
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from tadistill.config.evaluate import Judge
 from tadistill.config.load import read_settings
 from tadistill.judge import commands
 from tadistill.terminal import Terminal
+
+
+CERTIFICATES = cache(ssl.create_default_context)
+
+
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch):
+    """Read the machine's certificates once, not for each client: the endpoints of these tests need none."""
+    monkeypatch.setattr(ssl, "create_default_context", CERTIFICATES)
 
 
 @pytest.fixture(autouse=True)
