@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
+import socket
 from io import StringIO
 from pathlib import Path
 
@@ -17,10 +15,11 @@ from tests.conftest import tiny_model
 from tests.unit.models.conftest import write_gguf
 
 from tadistill.cluster import fetch
-from tadistill.config import parse
-from tadistill.data import tinyworld
+from tadistill.config import DataRef, load, parse
+from tadistill.data import datasets, survey, tinyworld
 from tadistill.errors import DataError, ModelError
 from tadistill.models import sources
+from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.parameter_counts import read_config
 from tadistill.models.served_model import read_head
 from tadistill.terminal import Terminal
@@ -35,14 +34,6 @@ models:
   s: {load: org/teacher}
 data: {train: org/set, dev: {load: org/set, split: train}, test: [dolly], corpus: org/set}
 arms: {direct: t > s}
-"""
-NO_NETWORK = """
-import socket
-def connect(self, address, real=socket.socket.connect):
-    if self.family != socket.AF_UNIX:
-        raise AssertionError(f"network: {address}")
-    return real(self, address)
-socket.socket.connect = connect
 """
 
 
@@ -285,49 +276,40 @@ def test_a_file_that_is_no_data_set(cache):
         fetch.needs(recipe(RECIPE.replace("test: [dolly]", "test: [rows.jsonl]")))
 
 
-def offline(code: str, home: Path) -> str:
-    """Run code in a process that can reach no network, with this Hugging Face home."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "TADISTILL_DATA")}
-    environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", NO_NETWORK + code], env=environment, cwd=home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def no_network(monkeypatch):
+    """Let every connection of this process to another machine fail."""
+
+    def connect(self, address, real=socket.socket.connect):
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"network: {address}")
+        return real(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("no_network")
 def test_everything_loads_from_the_cache_without_network(cache, tmp_path, model_files):
     lay_all(cache, model_files)
-    (cache.parent / "recipe.yaml").write_text(RECIPE)
-    code = """
-from pathlib import Path
-from tadistill.cluster.fetch import compare
-from tadistill.config import load
-recipe = load("recipe.yaml")
-assert compare(recipe, Path("runs")) == ([], [])
-from tadistill.data import datasets, survey
-from tadistill.models.loading import load_model, load_tokenizer
-print(load_model("org/teacher").config.num_hidden_layers, load_tokenizer("org/teacher").eos_token)
-data = recipe.data
-print([len(datasets.load(ref, role, data)) for ref, role in ((data.train, "train"), (data.dev, "dev"), (data.test[0], "test"))])
-print(next(survey.texts(data.corpus, data.world, data.root)))
-from tadistill.errors import DataError
-from tadistill.config import DataRef
-for ref in (DataRef(load="org/other"), DataRef(load="vicuna")):
-    try:
-        datasets.load(ref, "test", data)
-    except DataError as error:
-        print(error)
-"""
-    model, sizes, text, other, vicuna = offline(code, cache.parent).splitlines()
-    assert model == "2 <eos>"
-    assert sizes == "[4, 4, 4]"
-    assert text == "text 0"
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    recipe = load("recipe.yaml")
+    assert fetch.compare(recipe, Path("runs")) == ([], [])
+    assert load_model("org/teacher").config.num_hidden_layers == 2
+    assert load_tokenizer("org/teacher").eos_token == "<eos>"
+    data = recipe.data
+    roles = ((data.train, "train"), (data.dev, "dev"), (data.test[0], "test"))
+    assert [len(datasets.load(ref, role, data)) for ref, role in roles] == [4, 4, 4]
+    assert next(survey.texts(data.corpus, data.world, data.root)) == "text 0"
     said = (
         "at revision `main` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; run `tadistill fetch RECIPE` "
     )
-    assert other == f"data set `org/other` {said}on a machine with network access"
-    assert vicuna.startswith("data set `vicuna` (split test) is not on this disk")
-    assert vicuna.endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}on a machine with network access")
+    with pytest.raises(DataError) as other:
+        datasets.load(DataRef(load="org/other"), "test", data)
+    assert str(other.value) == f"data set `org/other` {said}on a machine with network access"
+    with pytest.raises(DataError) as vicuna:
+        datasets.load(DataRef(load="vicuna"), "test", data)
+    assert str(vicuna.value).startswith("data set `vicuna` (split test) is not on this disk")
+    assert str(vicuna.value).endswith(f"data set `MiniLLM/Vicuna/valid.jsonl` {said}on a machine with network access")
 
 
 def test_the_base_of_an_adapter_is_fetched_too(cache, tmp_path):
