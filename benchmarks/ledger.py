@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/ledger.py [--json PATH] [--markdown PATH] [--quick]
 
-Every stage runs as in a study, dev evaluations included, with the formulas of torch's FlopCounterMode. "Predicted" is the number of `tadistill plan`
-(`plan.costs.Ledger`), "metered" the number in the stage's manifest (`train.monitoring`). Errors are errors of the totals against torch's
-count.
+Every stage runs as in a study, dev evaluations included. Torch's count has the formulas of its FlopCounterMode. "Predicted" is the number
+of `tadistill plan` (`plan.costs.Ledger`), "metered" the number in the stage's manifest (`train.monitoring`). Errors are those of the totals
+against torch's count.
 
 Known lengths: all models that sample have random weights. A sampled answer then ends before `max_new_tokens` only if <eos> is drawn by
 chance, about once in as many tokens as the vocabulary has. The prediction knows this from the recipe. Unknown lengths: teacher, assistant

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -313,7 +314,7 @@ def quiet() -> Iterator[None]:
     """Hide progress bars and warnings of transformers while a `with` block runs, because they would break the progress display of
     tadistill. Errors are still shown."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if loud := verbosity < logging.ERROR:  # a change of the verbosity takes time, because it clears what all loggers of the process know
+    if loud := verbosity < ERROR:  # a change of the verbosity takes time, because it clears what all loggers of the process know
         logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

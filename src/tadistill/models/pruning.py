@@ -202,7 +202,7 @@ def _assembled(model: PreTrainedModel, config: PreTrainedConfig, weights: Mappin
             raise
         raise _cannot_prune(config, first_line(error)) from error
     pruned.generation_config = copy.deepcopy(model.generation_config)
-    return pruned.to(model.device).eval()
+    return pruned.to(model.device).eval()  # type: ignore[arg-type]
 
 
 def _cannot_prune(config: PreTrainedConfig, why: str) -> ModelError:

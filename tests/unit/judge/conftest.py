@@ -14,7 +14,6 @@ from tadistill.config.load import read_settings
 from tadistill.judge import commands
 from tadistill.terminal import Terminal
 
-
 CERTIFICATES = cache(ssl.create_default_context)
 
 
