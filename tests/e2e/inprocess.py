@@ -61,11 +61,17 @@ def tried_once() -> Iterator[None]:
         yield
 
 
-def run_here(plan: Plan, store: Store, *, jobs: int, console: Console, needs: Iterable[str] = ()) -> None:
+def unheard(text: str) -> None:
+    """Hear an alarm, and do nothing."""
+
+
+def run_here(
+    plan: Plan, store: Store, *, jobs: int, console: Console, needs: Iterable[str] = (), alarm: Callable[[str], object] = unheard
+) -> None:
     """Run the stages that the store lacks, as `run_stages` does, one after another in this process."""
     with tried_once():
         for stage in plan.stages.values():
-            run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=lambda _: None, stop=lambda: False)
+            run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=alarm, stop=lambda: False)
             gc.freeze()  # the stage has collected its garbage; the next one need not look through what is left
             AcceleratorState._reset_state(True)  # other stages and tests of this process have precisions of their own
 

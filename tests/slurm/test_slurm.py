@@ -169,7 +169,7 @@ def test_two_submissions_cancelling_and_stale_records(study):
         # an id that is not there, or that belongs to another job by now
         first.write_text(json.dumps({"job": "1", "index": None, "name": "x", "study": "tiny2"}))
         second.write_text("{")
-        assert re.search(rf"{stages - 2} are already queued, and 2 were submitted now as [12] jobs", study.call("submit", *more[:-2]))
+        assert re.search(rf"{stages - 2} are already queued, and 2 were submitted now as (1 job|2 jobs)", study.call("submit", *more[:-2]))
     finally:
         subprocess.run(["scancel", "--quiet", "--me"], check=False)
         study.await_end()

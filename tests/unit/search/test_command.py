@@ -5,19 +5,19 @@ import json
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.e2e.inprocess import run_here
 
 from tadistill.config import load, validate
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
-from tadistill.plan.task import make_task
 from tadistill.runner.run_study import run_study
 from tadistill.search import command as module
 from tadistill.search.choice import write_choice
 from tadistill.search.command import affordable, find_path, path_arms, path_flops
-from tadistill.stages.execute import run_stage
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 
@@ -63,16 +63,11 @@ def manifests(runs: Path) -> dict[str, str]:
     return {m["key"]: m["kind"] for m in found}
 
 
-def run_here(plan, store, *, jobs, console, needs):
-    """Stages one by one in this process: starting workers would take most of the time (tests/e2e has a search with workers)."""
-    for stage in plan.stages.values():
-        run_stage(make_task(plan, stage, store), progress=lambda *_: None, alarm=pytest.fail, stop=lambda: False)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _without_workers():
+    """Run stages one by one in this process: starting workers would take most of the time (tests/e2e has a search with workers)."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "run_stages", run_here)
+        patch.setattr(module, "run_stages", partial(run_here, alarm=pytest.fail))
         patch.setattr("tadistill.runner.schedule.prepared", nullcontext)
         yield
 
