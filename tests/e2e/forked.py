@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 from multiprocessing import forkserver, process, resource_tracker, util
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 from tadistill import cli
@@ -37,24 +37,34 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def _command(arguments: tuple[str, ...]) -> None:
     """Be the program, in place of the one that Popen would load."""
-    _fresh()  # closes Popen's pipe, which tells it that the program has started
+    as_new()  # closes Popen's pipe, which tells it that the program has started
     sys.argv = ["tadistill", *arguments]
-    server, tracker = forkserver._forkserver, resource_tracker._resource_tracker
-    server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
-    tracker._fd = tracker._pid = None
-    process._children.clear()
     code: Any = 1
     try:
         with mock.patch.object(util, "spawnv_passfds", spawn):
             cli.main()
         code = 0
-    except SystemExit as end:
-        code = end.code
+    except SystemExit as left:
+        code = left.code
     except BaseException:
         traceback.print_exc()
     finally:
-        util._exit_function()
-        _end(int(code or 0))
+        end(int(code or 0))
+
+
+def as_new() -> None:
+    """Make a forked process like a program that has just started, which knows no other process."""
+    _fresh()
+    server, tracker = forkserver._forkserver, resource_tracker._resource_tracker
+    server._forkserver_pid = server._forkserver_address = server._forkserver_alive_fd = None
+    tracker._fd = tracker._pid = None
+    process._children.clear()
+
+
+def end(code: int) -> NoReturn:
+    """End a process that `as_new` has made."""
+    util._exit_function()
+    _end(code)
 
 
 def spawn(path: str, arguments: list[str], kept: list[int]) -> int:
@@ -81,7 +91,7 @@ def _fresh(*kept: int) -> None:
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
 
 
-def _end(code: int) -> None:
+def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:  # the resource tracker closes its output
             stream.flush()

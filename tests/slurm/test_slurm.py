@@ -10,9 +10,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tests.e2e.inprocess import tadistill
+from tests.slurm import warm
 
 from tadistill.cluster import slurm
 from tadistill.cluster.status import status_rows
@@ -29,7 +31,8 @@ ANSI = re.compile(r"\x1b\[[0-9;]*m")
 class Study:
     """The study's command line and its files."""
 
-    def __init__(self, runs: Path):
+    def __init__(self, runs: Path, python: str):
+        self.python = python  # what starts the jobs of `submit`
         self.runs, self.store, self.directory = runs, Store(runs / "store"), runs / "tiny"
         self.stages = make_plan(load(RECIPE)).stages
 
@@ -38,8 +41,9 @@ class Study:
         assert done.code == code, done.out + done.err
         return " ".join(ANSI.sub("", done.out + done.err).split())
 
-    def submit(self, *more: str, code: int = 0) -> str:
-        return self.call("submit", str(RECIPE), "--cluster", str(CLUSTER), "--account", "def-tests", *more, code=code)
+    def submit(self) -> str:
+        with mock.patch.object(sys, "executable", self.python):
+            return self.call("submit", str(RECIPE), "--cluster", str(CLUSTER), "--account", "def-tests")
 
     def key(self, label: str) -> str:
         (found,) = (s.key for s in self.stages.values() if s.label.startswith(label))
@@ -57,7 +61,8 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(slurm, tmp_path_factory):
-    return Study(tmp_path_factory.mktemp("runs"))
+    with warm.python(slurm) as python:
+        yield Study(tmp_path_factory.mktemp("runs"), python)
 
 
 @pytest.mark.parametrize("site", ["narval", "rorqual"])
