@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER, _DATE = "an answer 7919", "a date 7919"  # texts that no template contains
+_MARK = re.compile(r"\b(text|call)_(\d+)_(\d+)_7919\b")  # in place of a message's text or the name of a tool call
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag that transformers adds to Jinja; it marks what the model wrote
 _START, _END = "\ufdd0", "\ufdd1"  # around a marked part; Unicode noncharacters, which no text contains
 THINKING = ("reasoning_content", "thinking", "reasoning")
@@ -43,22 +44,17 @@ def render(
 
     Raises:
         ModelError: the template is not valid Jinja.
-        DataError: the template refuses the conversation, or leaves out a turn or a tool.
+        DataError: the template refuses the conversation, or leaves out a turn, a tool or a tool call.
     """
     text = written(messages, tokenizer, where, tools, settings, prompt=True)
-    template, specials = default_template(tokenizer.chat_template), _texts(tokenizer.special_tokens_map)
-    for role in _left_out(template, tuple(str(m.get("role")) for m in messages), specials):
-        raise DataError(
-            f"{where}: the tokenizer's chat template leaves out the turn of role `{role}`; move its text into a user's turn, or use a "
-            "tokenizer with another template"
-        )
+    _check_turns(messages, tokenizer, where, tools, settings or {})
     for name in called(tools):
         if name not in text:
             raise DataError(
                 f"{where}: the tokenizer's chat template leaves out the tool `{name}`; use a tokenizer whose template writes tools, or "
                 "remove `tools` from `columns` of the data set"
             )
-    return text + _header(template, specials)
+    return text + _header(default_template(tokenizer.chat_template), _texts(tokenizer.special_tokens_map))
 
 
 def written(
@@ -134,11 +130,6 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
 def thinking(message: Mapping[str, Any]) -> str | None:
     """Return the thinking of a message, if it is in one of the fields `THINKING`. Otherwise return None."""
     return next((message[name] for name in THINKING if message.get(name) is not None), None)
-
-
-def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message without the fields `THINKING`."""
-    return {name: value for name, value in message.items() if name not in THINKING}
 
 
 def called(functions: Seq[Mapping[str, Any]]) -> list[str]:
@@ -233,11 +224,39 @@ def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
     return header if header.strip() else ""  # "[INST] hello [/INST] an answer": the prompt ends where the answer begins
 
 
+def _check_turns(
+    messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str, tools: Seq[Any], settings: Mapping[str, Any]
+) -> None:
+    given = [_with_marks(message, i) for i, message in enumerate(messages)], tools, {**tokenizer.special_tokens_map, **settings}
+    for kind, turn, number in _left_out(template_for(tokenizer, tools), json.dumps(given, default=str)):
+        names, role = called(messages[turn].get("tool_calls") or ()), messages[turn].get("role")
+        what, fix = f"the turn of role `{role}`", "move its text into a user's turn, or use a tokenizer with another template"
+        if names:
+            part = f"call of `{names[number]}`" if kind == "call" else "text"
+            what, fix = f"the {part} of turn {turn + 1} of `messages`", "use a tokenizer with another template, or delete the row"
+        raise DataError(f"{where}: the tokenizer's chat template leaves out {what}; {fix}")
+
+
+def _with_marks(message: Mapping[str, Any], turn: int) -> dict[str, Any]:
+    # marks in place of the text, and of the names of called functions; a template may read other fields, such as the id of a call
+    found, calls = {**message, **{name: "a thought" for name in THINKING if message.get(name)}}, message.get("tool_calls") or ()
+    if message.get("content") or not calls:  # some templates write calls only if there is no text
+        found["content"] = f"text_{turn}_0_7919"
+    named = [call.get("function", call) | {"name": f"call_{turn}_{i}_7919"} for i, call in enumerate(calls)]
+    renamed = [call | ({"function": name} if "function" in call else name) for call, name in zip(calls, named, strict=True)]
+    return found | ({"tool_calls": renamed} if renamed else {})
+
+
 @lru_cache(maxsize=1024)
-def _left_out(template: str | None, roles: tuple[str, ...], specials: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    marks = [f"text {i} 7919" for i in range(len(roles))]
-    text = _rendered(template, tuple(zip(roles, marks, strict=True)), dict(specials), True)
-    return () if text is None else tuple(role for role, mark in zip(roles, marks, strict=True) if mark not in text.lower())
+def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
+    # kind, turn and number of each mark that the template leaves out; `given` has messages, tools and variables as JSON
+    messages, tools, variables = json.loads(given)
+    try:
+        text = _text(template, messages, variables, tools, prompt=True).lower()
+    except Exception:  # a template may refuse the marks
+        return []
+    marks = _MARK.finditer(json.dumps(messages))
+    return [(mark[1], int(mark[2]), int(mark[3])) for mark in marks if mark[0] not in text]
 
 
 def _rendered(template: str | None, turns: Seq[tuple[str, str]], variables: Mapping[str, Any], prompt: bool) -> str | None:

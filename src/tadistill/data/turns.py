@@ -53,7 +53,7 @@ def without_thinking(example: Example) -> Example:
 
 
 def _without(message: Mapping[str, Any]) -> dict[str, Any]:
-    kept = chat.without_thinking(message)
+    kept = {name: value for name, value in message.items() if name not in chat.THINKING}
     content = kept.get("content")
     if isinstance(content, str) and _THOUGHT.match(content):
         kept["content"] = _THOUGHT.sub("", content, count=1)

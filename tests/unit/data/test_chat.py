@@ -80,6 +80,15 @@ def test_bad_templates_are_one_sentence(template, messages, error, words):
         chat.render(messages, byte_tokenizer(template), "row 7")
 
 
+def test_the_template_for_tools_is_the_one_that_is_checked():
+    tokenizer, tools = byte_tokenizer({"default": CHATML, "tool_use": NO_SYSTEM + "{{ tools }}"}), ({"function": {"name": "f"}},)
+    with pytest.raises(DataError, match="leaves out the turn of role `system`"):
+        chat.render([SYSTEM, USER], tokenizer, "row 7", tools)
+    assert "be brief" in chat.render([SYSTEM, USER], tokenizer, "row 7")
+    tokenizer = byte_tokenizer({"default": NO_SYSTEM, "tool_use": CHATML + "{{ tools }}"})
+    assert "be brief" in chat.render([SYSTEM, USER], tokenizer, "row 7", tools)
+
+
 def test_a_row_is_named_with_the_templates_own_words():
     rows = [Example("", "", ("yo",), messages=(USER,)), Example("", "", ("yo",), messages=(SYSTEM, USER))]
     with pytest.raises(DataError, match=r"data set `d`, row 2: .*System role not supported"):

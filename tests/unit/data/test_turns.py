@@ -216,6 +216,27 @@ def test_an_instruction_in_the_chat_template_is_one_turn():
     )[0]
 
 
+LOOKED_UP = [
+    TALK[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"function": {"name": "time", "arguments": {}}}]},
+    {"role": "tool", "content": "-3"},
+    TALK[3],
+]
+LATER = (  # it writes the answers of tools behind their call, as Gemma 4, but the first call alone, as gpt-oss, and no text beside a call
+    "{% for m in messages if m['role'] != 'tool' %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+    "{% for t in messages if t['role'] == 'tool' %}: {{ t['content'] }}{% endfor %}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_may_write_the_answers_of_tools_behind_their_call():
+    talk = [TALK[0], LOOKED_UP[1] | {"tool_calls": [CALL]}, *LOOKED_UP[2:]]
+    whole = f"<|im_start|>user\nWhere is Oslo?{IM}assistant\nweather: -3{IM}assistant\n", "Yes, it is.<|im_end|>"
+    tokenizer = chat_tokenizer(LATER, CHATML)
+    assert learnt(talk, LATER, family=CHATML, turns="answer") == [by_hand(tokenizer, *whole)]
+    assert learnt(talk, LATER, family=CHATML, turns="last") == [by_hand(tokenizer, *whole)]
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "more", "error", "words"),
     [
@@ -225,6 +246,13 @@ def test_an_instruction_in_the_chat_template_is_one_turn():
         ([TALK[0], *TALK], GEMMA, {}, DataError, "row 1: .* refuses the turns user.*must alternate"),
         ([TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}], CHATML, {}, DataError,
          "row 1: the tokenizer's chat template leaves out the call of `weather` of turn 2"),
+        ([*LOOKED_UP, *TALK[2:]], CHATML, {"turns": "answer"}, DataError,
+         "row 1: the tokenizer's chat template leaves out the call of `weather` of turn 2 of `messages`; use a tokenizer with another"),
+        ([*LOOKED_UP, *TALK[2:]], CHATML, {"turns": "last", "tools": [TOOL]}, DataError, "leaves out the call of `weather` of turn 2"),
+        (LOOKED_UP, LATER, {"turns": "last"}, DataError, "leaves out the call of `time` of turn 2"),
+        ([TALK[0], LOOKED_UP[1] | {"content": "Let me look."}, *LOOKED_UP[2:]], LATER, {"turns": "answer"}, DataError,
+         "leaves out the text of turn 2"),
+        ([TALK[0], ("tool", "-3"), TALK[1]], LATER, {"turns": "answer"}, DataError, "leaves out the turn of role `tool`"),
         ([TALK[0], {"role": "assistant", "content": "No.", "reasoning_content": "Hm."}], CHATML, {}, DataError,
          "leaves out the thinking of turn 2 .*set data.thinking: drop"),
         (TALK, CHATML, {"tools": [TOOL]}, DataError, "row 1: the tokenizer's chat template leaves out the tool `weather`"),
