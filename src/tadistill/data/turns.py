@@ -128,13 +128,14 @@ class TurnReader:
     def _spans(self, messages: Seq[Mapping[str, Any]], places: list[int], example: Example, where: str) -> dict[int, tuple[int, int]]:
         # the part of each assistant's turn that the template marks; empty if it marks nothing
         spans = chat.marked(messages, self.tokenizer, example.tools, self.rules.chat_template_kwargs)
-        if spans is not None and len(spans) != len(places):
+        parts = spans if spans is None or len(spans) == len(places) else _joined(spans)
+        if spans is not None and parts is not None and len(parts) != len(places):
             raise DataError(
-                f"{where}: the tokenizer's chat template marks {counted(len(spans), 'part')} with {{% generation %}}, but the row has "
+                f"{where}: the tokenizer's chat template marks {counted(len(parts), 'part')} with {{% generation %}}, but the row has "
                 f"{counted(len(places), 'turn')} of the assistant; use a tokenizer whose template marks each turn once, or set data.turns: "
                 "answer"
             )
-        return dict(zip(places, spans or (), strict=False))
+        return dict(zip(places, parts or (), strict=False))
 
     def _ended(self, answer: str, rest: str = "") -> tuple[str, int]:
         # the answer without its end token, and the end token, which ends the answer or begins the text after it
@@ -152,6 +153,16 @@ class TurnReader:
             if thought:
                 hidden, answer = hidden + thought[0], answer[thought.end() :]
         return Turn(prompt, answer, end, hidden)
+
+
+def _joined(spans: Seq[tuple[int, int]]) -> list[tuple[int, int]]:
+    # parts that touch are one, as in the mask of transformers: some templates mark a text and its end token apart
+    found = list[tuple[int, int]]()
+    for start, end in spans:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return [(start, end) for start, end in found if start < end]
 
 
 def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -> None:

@@ -1,5 +1,6 @@
 """Several turns of a conversation: ids and loss masks beside sequences that are written by hand, for the templates of five families."""
 
+import itertools
 import json
 
 import pytest
@@ -50,6 +51,12 @@ def by_hand(tokenizer, *pieces: str) -> tuple[list[int], list[bool]]:
         at += len(piece)
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return found["input_ids"], [any(start <= a and b <= end for start, end in spans) for a, b in found["offset_mapping"]]
+
+
+def runs(tokenizer, ids: list[int], counted: list) -> list[str]:
+    """The text of each run of tokens that count."""
+    groups = itertools.groupby(zip(ids, counted, strict=True), key=lambda pair: bool(pair[1]))
+    return [tokenizer.decode([i for i, _ in group]) for counts, group in groups if counts]
 
 
 def qwen(*pieces: str) -> tuple[list[int], list[bool]]:
@@ -200,13 +207,37 @@ def test_marks_say_what_counts():
     assert found == by_hand(chat_tokenizer(CHATML), f"<|im_start|>user\nWhere is Oslo?{IM}assistant\nA: ", "In Norway.<|im_end|>")
 
 
-def test_marks_are_those_of_transformers():
-    tokenizer = chat_tokenizer(MARKED.replace("BODY", MARKS["answer"]), CHATML)
+APART = "{% generation %}{{ message['content'] }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+ENDED = "{% if messages[-1]['role'] == 'assistant' %}{% generation %}<|endoftext|>{% endgeneration %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        MARKED.replace("BODY", MARKS["answer"]),
+        MARKED.replace(
+            "BODY", f"{{% if message['role'] == 'assistant' %}}{APART}{{% else %}}{{{{ message['content'] }}}}<|im_end|>{{% endif %}}"
+        ),
+        HEADER.replace("{{ '\n' }}{% endfor %}", "{% endfor %}" + ENDED),  # as Phi 3's of TRL: EOS after the last turn is a mark of its own
+    ],
+)
+def test_marks_are_those_of_transformers(template):
+    tokenizer = chat_tokenizer(template, CHATML)
     messages = [{"role": role, "content": content} for role, content in [SYSTEM, *TALK]]
     theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     ((ids, counted),) = learnt([SYSTEM, *TALK], tokenizer.chat_template, family=CHATML)
     assert theirs["input_ids"][: len(ids)] == ids
-    assert [bool(each) for each in theirs["assistant_masks"][: len(ids)]] == counted
+    start = "<|im_start|>assistant\n"
+    said = [text.removeprefix(start) for text in runs(tokenizer, theirs["input_ids"], theirs["assistant_masks"])]
+    assert runs(tokenizer, ids, counted) == said == ["In Norway.<|im_end|>", said[1]]
+    assert said[1].startswith("Yes, it is.<|im_end|>")
+
+
+def test_turns_of_the_assistant_that_touch_are_two():
+    header = HEADER.replace("{{ '\n' }}{% endfor %}", "{% endfor %}")
+    (found,) = learnt([*TALK[:2], TALK[3]], header, family=CHATML)
+    start, between = "<|im_start|>user\nWhere is Oslo?<|im_end|><|im_start|>assistant\n", "<|im_start|>assistant\n"
+    assert found == by_hand(chat_tokenizer(CHATML), start, "In Norway.<|im_end|>", between, "Yes, it is.<|im_end|>")
 
 
 def test_an_instruction_in_the_chat_template_is_one_turn():
