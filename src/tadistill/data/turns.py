@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.data import chat
 from tadistill.data.encoding_rules import Rules
-from tadistill.data.prompts import OPEN, before_answer, check_template, in_chat, render
+from tadistill.data.prompts import OPEN, before_answer, check_template, in_chat, render, split_thought
 from tadistill.data.rows import Example
 from tadistill.errors import DataError
 from tadistill.text import counted
@@ -182,8 +182,9 @@ def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -
 def _check_written(message: Mapping[str, Any], place: int, turn: Turn, where: str) -> None:
     # a template that does not know a part of a message leaves it out without an error
     said, content = turn.hidden + turn.answer, _without(message).get("content")
+    thought = chat.thinking(message) or split_thought(str(message.get("content") or ""))[0]
     missing = [f"the call of `{name}`" for name in chat.called(message.get("tool_calls") or ()) if name not in said]
-    missing += ["the thinking"] if str(chat.thinking(message) or "").strip() not in said else []
+    missing += ["the thinking"] if thought.strip() not in said else []
     missing += ["the text"] if str(content or "").strip() not in said else []
     if missing:
         raise DataError(

@@ -247,6 +247,12 @@ def test_an_instruction_in_the_chat_template_is_one_turn():
     )[0]
 
 
+FORGETS = MARKED.replace(  # it marks an earlier turn without its thinking, as GLM 4.5's of TRL
+    "BODY",
+    MARKS["answer"].replace(
+        "{{ message['content'] }}", "{{ message['content'].split('</think>')[-1] if not loop.last else message['content'] }}"
+    ),
+)
 LOOKED_UP = [
     TALK[0],
     {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"function": {"name": "time", "arguments": {}}}]},
@@ -286,6 +292,10 @@ def test_a_template_may_write_the_answers_of_tools_behind_their_call():
         ([TALK[0], ("tool", "-3"), TALK[1]], LATER, {"turns": "answer"}, DataError, "leaves out the turn of role `tool`"),
         ([TALK[0], {"role": "assistant", "content": "No.", "reasoning_content": "Hm."}], CHATML, {}, DataError,
          "leaves out the thinking of turn 2 .*set data.thinking: drop"),
+        ([TALK[0], ("assistant", "<think>\nMaps.\n</think>\n\nIn Norway."), *INSIDE[2:]], FORGETS, {}, DataError,
+         "leaves out the thinking of turn 2 of `messages`; .*set data.thinking: drop"),
+        ([TALK[0], ("assistant", "<think>Maps.</think>In Norway.")], FORGETS.replace("not loop.last", "true"), {"turns": "last"}, DataError,
+         "leaves out the thinking of turn 2 of `messages`; .*set data.thinking: drop"),
         (TALK, CHATML, {"tools": [TOOL]}, DataError, "row 1: the tokenizer's chat template leaves out the tool `weather`"),
         (THINKS, QWEN3, {"chat_template_kwargs": {"enable_thinking": False}}, DataError,
          r"row 1: .* does not write turn 4 of `messages` after the template's own generation prompt.*set data.thinking: drop"),
