@@ -87,7 +87,7 @@ Guide = Mixture | Speculation
 class _NoRepeatNGram(NoRepeatNGramLogitsProcessor):
     """Gives padding, whose id is the size of the vocabulary, a score of its own, which transformers 5.8 sets."""
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor) -> Tensor:
         return super().__call__(input_ids, nn.functional.pad(scores, (0, 1)))[:, :-1]
 
 
