@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import shutil
+import signal
 import tempfile
 
 OWNED = ("TADISTILL_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SLURM_", "SBATCH_", "OPENAI_")
@@ -29,6 +30,8 @@ def own_environment() -> dict[str, str]:
             del os.environ[name]
         if folder := in_memory():
             os.environ["TMPDIR"] = tempfile.tempdir = folder
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job (`make test &` in a script)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         home = tempfile.mkdtemp(prefix="tadistill-tests-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)
         os.environ |= {
