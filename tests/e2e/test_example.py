@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+import transformers as hf
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tadistill.data import tinyworld
 
@@ -37,13 +38,13 @@ def test_objective_in_hf_trainer(run):
 
 
 @pytest.fixture
-def made(monkeypatch, tmp_path) -> Callable[[], tuple[Trainer, PreTrainedModel]]:
+def made(monkeypatch, tmp_path) -> Callable[[], tuple["hf.Trainer", PreTrainedModel]]:
     """Return a function that runs the example up to the training, and returns the Trainer and the teacher."""
 
-    def run() -> tuple[Trainer, PreTrainedModel]:
+    def run() -> tuple["hf.Trainer", PreTrainedModel]:
         found = []
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(Trainer, "train", lambda self: found.append(self))
+        monkeypatch.setattr(hf.Trainer, "train", lambda self: found.append(self))
         monkeypatch.setattr(sys, "argv", ["objective_in_hf_trainer.py"])
         names = runpy.run_path(str(EXAMPLES / "objective_in_hf_trainer.py"), run_name="__main__")
         return found[0], names["teacher"]
@@ -65,8 +66,8 @@ def test_two_processes_have_the_gradient_of_one(made, monkeypatch):
 
 
 def test_the_teacher_is_on_the_device_of_the_student(made, monkeypatch):
-    own = TrainingArguments.device.fget
-    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: own(self) and torch.device("meta")))
+    own = hf.TrainingArguments.device.fget
+    monkeypatch.setattr(hf.TrainingArguments, "device", property(lambda self: own(self) and torch.device("meta")))
     trainer, teacher = made()
     assert teacher.device == trainer.model.device == torch.device("meta")
 

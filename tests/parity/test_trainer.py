@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import transformers as hf
 from accelerate import Accelerator
 from tests.conftest import tiny_model
-from transformers import Trainer, TrainingArguments
 
 from tadistill.config.method import Method, Optim
 from tadistill.config.objective import CrossEntropy
@@ -28,11 +28,11 @@ def stock(model, accumulation: int, directory) -> tuple[float, float]:
             "attention_mask": torch.tensor([1] * len(ids) + [0] * pad),
             "labels": torch.tensor([-100] * len(s.prompt) + list(s.response) + [-100] * pad),
         })  # fmt: skip
-    arguments = TrainingArguments(
+    arguments = hf.TrainingArguments(
         output_dir=str(directory), per_device_train_batch_size=len(rows) // accumulation, gradient_accumulation_steps=accumulation,
         max_steps=1, logging_steps=1, learning_rate=0.0, max_grad_norm=1e9, report_to=[], use_cpu=True, disable_tqdm=True, seed=0,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer = hf.Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     entry = trainer.state.log_history[0]
     return entry["loss"], entry["grad_norm"]

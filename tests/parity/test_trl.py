@@ -4,10 +4,11 @@ Axes: B sequences, T positions, N tokens, H hidden, V vocabulary.
 """
 
 import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from datasets import Dataset
 from tests.conftest import tiny_model
 from torch import Tensor
 
@@ -18,9 +19,10 @@ from tadistill.models.teachers import teacher_of
 from tadistill.objectives import Head, Hidden, forward_kl, fused_divergence, jensen_shannon, reverse_kl, tiles
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-pytest.importorskip("trl")
-from trl.experimental.gkd import GKDConfig, GKDTrainer
-from trl.kernels import chunked_divergence
+# TRL is imported in functions, because every worker of pytest-xdist imports this file, and one of them runs its tests
+pytestmark = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+if TYPE_CHECKING:
+    from trl.experimental.gkd import GKDTrainer
 
 N, V, H_STUDENT, H_TEACHER = 11, 53, 8, 12
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -74,6 +76,8 @@ class Case:
 
     def kernel(self, beta: float) -> tuple[Tensor, list[Tensor]]:
         """Return the loss by the kernel of TRL's DistillationTrainer."""
+        from trl.kernels import chunked_divergence
+
         heads = self.hidden, self.weight, self.bias, self.teacher_hidden, self.teacher.weight, self.teacher.bias
         shapes = self.student.scale, self.student.softcap, self.teacher.scale, self.teacher.softcap
         values, _ = chunked_divergence.ChunkedDivergenceFunction.apply(*heads, beta, self.temperature, *shapes)
@@ -81,6 +85,8 @@ class Case:
 
     def gkd(self, beta: float) -> tuple[Tensor, list[Tensor]]:
         """Return the loss by the loss function of TRL's GKDTrainer, which takes logits."""
+        from trl.experimental.gkd import GKDTrainer
+
         logits, teacher_logits = self.student.logits(self.hidden), self.teacher.logits(self.teacher_hidden)
         values = GKDTrainer.generalized_jsd_loss(logits, teacher_logits, beta=beta, temperature=self.temperature, reduction="none").sum(-1)
         return values.detach(), self.gradients((values * self.weights).sum())
@@ -112,8 +118,8 @@ def test_trl_kernel(beta, head, way):
 @pytest.mark.parametrize("beta", BETAS)
 def test_trl_kernel_where_both_work_in_tiles(beta, monkeypatch):
     """Tiles of 4 tokens and 16 words there, of 3 tokens and one token here: none divides 11 tokens or 53 words."""
-    monkeypatch.setattr(chunked_divergence, "TOKEN_CHUNK_SIZE", 4)
-    monkeypatch.setattr(chunked_divergence, "VOCAB_CHUNK_SIZE", 16)
+    monkeypatch.setattr("trl.kernels.chunked_divergence.TOKEN_CHUNK_SIZE", 4)
+    monkeypatch.setattr("trl.kernels.chunked_divergence.VOCAB_CHUNK_SIZE", 16)
     monkeypatch.setattr(tiles, "TILE_BYTES", 3 * 2 * V * 4)
     monkeypatch.setattr(tiles, "_CACHED", V)
     case = Case(torch.float32, **HEADS["all"])
@@ -150,13 +156,16 @@ def test_beta_jumps_at_the_ends_in_trl_as_in_ours(end, beta):
 @pytest.fixture
 def gkd_trainer(tmp_path):
     """Builds a GKDTrainer of two random models, four rows of tinyworld, and a loss that is the forward KL."""
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
     tokenizer = tinyworld.tokenizer(people=10)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     rows = sorted(tinyworld.world_rows("tinyworld", "train", people=10), key=lambda row: len(row["outputs"][0]))
     turns = [(("user", row["instruction"]), ("assistant", row["outputs"][0])) for row in (*rows[:2], *rows[-2:])]  # short and long
     data = Dataset.from_list([{"messages": [{"role": role, "content": text} for role, text in turn]} for turn in turns])
 
-    def build(kind: str, **options) -> GKDTrainer:
+    def build(kind: str, **options) -> "GKDTrainer":
         models = [tiny_model(kind, vocab=len(tokenizer), seed=seed) for seed in (0, 1)]
         options = GKDConfig(output_dir=str(tmp_path), beta=0.0, max_length=64, report_to=[], use_cpu=True, bf16=False, **options)
         return GKDTrainer(models[0], models[1], args=options, train_dataset=data, processing_class=tokenizer)
@@ -164,7 +173,7 @@ def gkd_trainer(tmp_path):
     return build
 
 
-def our_loss(trainer: GKDTrainer, batch: dict[str, Tensor], **parameters) -> Tensor:
+def our_loss(trainer: "GKDTrainer", batch: dict[str, Tensor], **parameters) -> Tensor:
     """The mean over response tokens of the forward KL, by our batches, our forward pass and the fused head."""
     sequences = []
     for ids, real, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
@@ -191,7 +200,7 @@ def test_gkd_trainer_samples_at_a_temperature_that_its_loss_does_not_know(gkd_tr
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logits = [model(**inputs).logits[:, :-1] for model in (trainer.model, trainer.teacher_model)]
-    told = GKDTrainer.generalized_jsd_loss(*logits, labels=batch["labels"][:, 1:], beta=0, temperature=2.0)
+    told = type(trainer).generalized_jsd_loss(*logits, labels=batch["labels"][:, 1:], beta=0, temperature=2.0)
     torch.testing.assert_close(told, right, rtol=1e-5, atol=0)
 
 

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 
-import datasets as hub_datasets
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -120,7 +119,7 @@ def test_a_folder_of_the_working_directory_is_not_read_in_place_of_the_hub(tmp_p
     monkeypatch.setattr(datasets.hub, "reachable", lambda: True)
     monkeypatch.setattr(datasets.hub, "download", lambda repository, revision: tmp_path / "snapshot")
     read_at = []
-    monkeypatch.setattr(hub_datasets, "load_dataset", lambda path, **rest: read_at.append(path) or [{"instruction": "a", "output": "b"}])
+    monkeypatch.setattr("datasets.load_dataset", lambda path, **rest: read_at.append(path) or [{"instruction": "a", "output": "b"}])
     assert len(read("org/set")) == 1
     assert read_at == [str(tmp_path / "snapshot")]
 
@@ -284,7 +283,7 @@ def test_buckets_on_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("reachable", [False, True])
-@pytest.mark.parametrize(("name", "caller"), [("dolly", "hf_hub_download"), ("org/set", "load_dataset")])
+@pytest.mark.parametrize(("name", "caller"), [("dolly", "huggingface_hub.hf_hub_download"), ("org/set", "datasets.load_dataset")])
 def test_retries_are_shown_only_if_the_hub_answers(monkeypatch, caplog, reachable, name, caller):
     """Without network, the sentence of the error says it all; a pause that a server asks for is shown."""
 
@@ -294,7 +293,7 @@ def test_retries_are_shown_only_if_the_hub_answers(monkeypatch, caplog, reachabl
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.hub, "reachable", lambda: reachable)
-    monkeypatch.setattr(hub_datasets if caller == "load_dataset" else huggingface_hub, caller, fails)
+    monkeypatch.setattr(caller, fails)
     with pytest.raises(DataError, match=r"cannot be (down)?loaded"):
         read(name, "test")
     assert [record.message for record in caplog.records] == ["Retrying in 1s [Retry 1/5]."] * reachable
