@@ -110,8 +110,9 @@ def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner
     for teacher in teachers:
         differ = f"their tokenizers differ ({tokens.sizes(teacher, learner)})"
         if tokens.alike(teacher, learner):
-            with about(f"arms.{arm}"):
-                check_one_tokenizer(method)
+            if tokens.known(teacher, learner):
+                with about(f"arms.{arm}"):
+                    check_one_tokenizer(method)
         elif method.objective.needs_teacher:
             with about(f"arms.{arm}: {teacher} teaches {learner}, but {differ}"):
                 over_spans(method)

@@ -68,6 +68,10 @@ class StudyTokens:
         way."""
         return self.family(one) == self.family(other)
 
+    def known(self, *names: str) -> bool:
+        """Return True if the tokens of all these models are known. Those of a model that is not on this disk are not."""
+        return all(self._tokens(name) is not None for name in names)
+
     def hands_over_ids(self, one: str, other: str) -> bool:
         """Return True if a student can train on token ids that another model has sampled: their tokenizers have exactly the same tokens."""
         if not self.alike(one, other):

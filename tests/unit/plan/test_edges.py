@@ -151,6 +151,13 @@ def test_what_compares_tokens_is_refused_between_families(planned, arms, changes
         planned(arms, **changes)
 
 
+def test_gold_is_allowed_while_a_tokenizer_is_unknown(planned):
+    """A model that is not on this disk counts as one with the other's tokenizer."""
+    unknown = {"t": {"load": "scratch:llama", "tokenizer": "nobody/has-this", "config": SHAPE | {"num_hidden_layers": 2}}}
+    plan = planned({"x": {"path": "t > s", "objective": {"type": "gold"}}}, models=unknown)
+    assert len(kinds(plan)["distill"]) == 1
+
+
 def test_within_a_family_everything_stays_allowed(planned):
     arms = {"kd": {"path": "t > a", "method": "gkd"}, "text": "t > s", "start": {"path": "t > a", "init": {}}}
     found = kinds(planned(arms))
