@@ -100,26 +100,35 @@ def _survey(rows: SplitRows) -> Survey:
     return _known[key]
 
 
-def seen_prompts(data: Data) -> dict[str, tuple[int, int] | None]:
-    """Return the test sets with prompts that are also in a training set: how many rows have such a prompt, and the number of rows.
+_OTHER = {
+    "train": ("the training data", "a training set"),
+    "dev": ("the dev data, which choose checkpoints", "a dev set, which chooses checkpoints"),
+}
+"""Words for the data sets of a role, and for one of them."""
 
-    Only exact copies count. Rows on the Hub are not compared: the value of a test set that is a training set is then None. Raises DataError
-    if a data set is missing, or a row is wrong.
+
+def seen_prompts(data: Data, role: str) -> dict[str, str]:
+    """Return words about each test set with prompts that are also in the sets of a role (train or dev), such as `shares 2 of 4 prompts with
+    the training data`.
+
+    Only exact copies count. Rows on the Hub are not compared, but a test set that is itself one of these sets is named. Raises DataError if
+    a data set is missing, or a row is wrong.
     """
-    trained, sources = set[str](), set[str]()
-    for ref in data.sets.values():
-        if (rows := SplitRows.of(ref, "train", data)).content() is None:
+    known, sources, (sets, one) = set[str](), set[str](), _OTHER[role]
+    for ref in (data.sets if role == "train" else data.dev_sets()).values():
+        if (rows := SplitRows.of(ref, role, data)).content() is None:
             sources.add(rows.fingerprint())
         else:
-            trained |= {*_each(survey(ref, "train", data))}
-    found: dict[str, tuple[int, int] | None] = {}
+            known |= {*_each(survey(ref, role, data))}
+    found: dict[str, str] = {}
     for ref in data.test:
         if (rows := SplitRows.of(ref, "test", data)).content() is None:
-            found |= {ref.name: None} if rows.fingerprint() in sources else {}
+            found |= {ref.name: f"is {one}"} if rows.fingerprint() in sources else {}
             continue
         prompts = _each(survey(ref, "test", data))
-        if count := sum(prompt in trained for prompt in prompts):
-            found[ref.name] = count, len(prompts)
+        if count := sum(prompt in known for prompt in prompts):
+            part = "all" if count == len(prompts) else f"{count:,} of {len(prompts):,}"
+            found[ref.name] = f"shares {part} prompts with {sets}"
     return found
 
 

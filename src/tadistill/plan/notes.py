@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from tadistill.config import Method, Recipe
+from tadistill.config import Method
 from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
@@ -28,7 +28,7 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.costs.sizes_and_lengths import count_first_rows, most_counted
 from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
-from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
+from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec, TrainingSpec
 from tadistill.plan.paths import contexts_of, lossy_steps
 from tadistill.plan.phases import PlannedPhase
 from tadistill.plan.remote import asked_notes, served_notes
@@ -44,7 +44,7 @@ ASKED = "teacher tokens"
 def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[str]:
     """Yield all sentences of a plan, with the markup of rich. Warnings are yellow. `jobs` stages run at a time."""
     yield from map(_warning, _absent(plan))
-    yield from (_warning(f"{sentence}.") for sentence in seen_notes(plan.recipe))
+    yield from (_warning(f"{sentence}.") for sentence in seen_notes(plan))
     yield from map(escape, (*_phases(plan), *_scaled(plan)))
     yield from map(escape, row_notes(plan))
     yield from map(escape, _recordings(plan))
@@ -175,16 +175,16 @@ def _first(role: str, counts: Counts) -> str:
     return f", among the first {counts.rows}" if counts.rows == most_counted(role) else ""  # fewer rows are the whole split
 
 
-def seen_notes(recipe: Recipe) -> Iterator[str]:
-    """Yield a sentence for each test set with prompts that are also in a training set. Sets that are not on this disk are left out."""
-    found: dict[str, tuple[int, int] | None] = {}
-    if trains(recipe):
+def seen_notes(plan: Plan) -> Iterator[str]:
+    """Yield a sentence for each test set with prompts that are also in a training set, or in a dev set that chooses checkpoints. Sets that
+    are not on this disk are left out."""
+    chosen = any(isinstance(stage.spec, TrainingSpec) and stage.spec.dev for stage in plan.stages.values())
+    for role in ["train"] * trains(plan.recipe) + ["dev"] * chosen:
+        found: dict[str, str] = {}
         with suppress(TadistillError):
-            found = seen_prompts(recipe.data)
-    for name, counts in found.items():
-        part = counts and ("all" if counts[0] == counts[1] else f"{counts[0]:,} of {counts[1]:,}")
-        what = f"shares {part} prompts with the training data" if part else "is a training set"
-        yield f"{name} (test) {what}, so its scores do not show how the models answer new prompts"
+            found = seen_prompts(plan.recipe.data, role)
+        for name, what in found.items():
+            yield f"{name} (test) {what}, so its scores do not show how the models answer new prompts"
 
 
 def _engines(plan: Plan) -> Iterator[str]:

@@ -190,7 +190,7 @@ def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dic
         "recipe": _as_written(plan.recipe),
         "teacher": plan.teacher,
         "tokenizers": plan.tokens.families,
-        "seen": [*seen_notes(plan.recipe)],
+        "seen": [*seen_notes(plan)],
         "models": {name: {"parameters": _parameters(ledger, name), **_base(model)} for name, model in plan.recipe.models.items()},
         "stages": [
             {

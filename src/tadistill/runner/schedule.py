@@ -58,7 +58,7 @@ def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[St
         asked = [*announced(plan, store, (s for s in stages if not store.finished(s.key)))]
     of_arms = [stage for stage in stages if stage.arms]
     budgets = off_budget(plan) if of_arms else ()
-    seen = seen_notes(plan.recipe) if any(stage.spec.measures for stage in of_arms) else ()
+    seen = seen_notes(plan) if any(stage.spec.measures for stage in of_arms) else ()
     for sentence in (*plan.tokens.cautions(), *budgets, *seen):
         console.note(sentence, problem=True)
     for sentence in asked:

@@ -510,16 +510,26 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path, monkeypatch):
         path.write_text("".join(lines))
     own, half, new = map(str, paths.values())
     data = recipe()["data"] | {"train": own, "dev": new, "test": [half, new, own]}
-    end = "prompts with the training data, so its scores do not show how the models answer new prompts"
-    notes = [f"half (test) shares 2 of 4 {end}", f"own (test) shares all {end}"]
+    end = "so its scores do not show how the models answer new prompts"
+    notes = [
+        f"half (test) shares 2 of 4 prompts with the training data, {end}",
+        f"own (test) shares all prompts with the training data, {end}",
+        f"half (test) shares 2 of 4 prompts with the dev data, which choose checkpoints, {end}",
+        f"new (test) shares all prompts with the dev data, which choose checkpoints, {end}",
+    ]
     found = plan(data=data)
-    assert [*seen_notes(found.recipe)] == notes
+    assert [*seen_notes(found)] == notes
     assert describe(found, created="", recipe_text="", command="")["seen"] == notes
     assert f"{notes[0]}." in next(plan_notes(found, Store(tmp_path), {}, 1))
-    assert [*seen_notes(plan(data=data | {"limit": {"train": 2}}).recipe)] == [f"own (test) shares 2 of 4 {end}"]
-    assert [*seen_notes(plan().recipe)] == []
-    monkeypatch.setattr("tadistill.plan.notes.seen_prompts", lambda _: {"dolly": None})
-    assert next(seen_notes(found.recipe)).startswith("dolly (test) is a training set, so its scores")
+    few = plan(data=data | {"limit": {"train": 2}, "test": [own]})
+    assert [*seen_notes(few)] == [f"own (test) shares 2 of 4 prompts with the training data, {end}"]
+    kept = {"select": {"metric": "last"}}
+    models = {name: each | {"sft": each["sft"] | kept} for name, each in recipe()["models"].items()}
+    assert [*seen_notes(plan(data=data | {"test": [new]}, models=models, method=recipe()["method"] | kept))] == []
+    assert [*seen_notes(plan(data=data | {"test": [new]}))] == notes[3:]
+    assert [*seen_notes(plan())] == []
+    monkeypatch.setattr("tadistill.plan.notes.seen_prompts", lambda data, role: {"dolly": "is a training set"} if role == "train" else {})
+    assert next(seen_notes(found)).startswith("dolly (test) is a training set, so its scores")
 
 
 @pytest.mark.parametrize(
