@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import re
+import sys
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import suppress
@@ -23,7 +24,7 @@ from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
 from tadistill.config.data import World
 from tadistill.config.recipe import methods
-from tadistill.data import datasets, tinyworld
+from tadistill.data import datasets, prompts, tinyworld
 from tadistill.data import rows as reading
 from tadistill.data.datasets import SplitRows, json_rows, right
 from tadistill.data.rows import Example, Form, beyond_ascii, form_of, no_column, place, text, where_of
@@ -61,7 +62,7 @@ class Survey:
     beyond_ascii: float
     """Share (0 to 1) of non-ASCII characters among the letters, digits and symbols of the references. It is the mean over the rows."""
     prompts: str
-    """A digest of each row's prompt, one after the other (`DIGITS` each)."""
+    """A digest of each row's prompt, one after the other (`DIGITS` each). Equal prompts have equal digests, also in rows of other forms."""
 
     @property
     def places(self) -> list[int]:
@@ -94,7 +95,7 @@ def _survey(rows: SplitRows) -> Survey:
     content = rows.content()
     if content is None:
         return _read(rows)
-    key = key_of_rows(rows, content)
+    key = key_of_rows(rows, content, prompts, sys.modules[__name__])
     if key not in _known:
         _known[key] = _stored(rows, cache_root() / "rows" / f"{key}.json")
     return _known[key]
@@ -111,8 +112,8 @@ def seen_prompts(data: Data, role: str) -> dict[str, str]:
     """Return words about each test set with prompts that are also in the sets of a role (train or dev), such as `shares 2 of 4 prompts with
     the training data`.
 
-    Only exact copies count. Rows on the Hub are not compared, but a test set that is itself one of these sets is named. Raises DataError if
-    a data set is missing, or a row is wrong.
+    Only exact copies count, in rows of whatever form. Rows on the Hub are not compared, but a test set that is itself one of these sets is
+    named. Raises DataError if a data set is missing, or a row is wrong.
     """
     known, sources, (sets, one) = set[str](), set[str](), _OTHER[role]
     for ref in (data.sets if role == "train" else data.dev_sets()).values():
@@ -125,9 +126,9 @@ def seen_prompts(data: Data, role: str) -> dict[str, str]:
         if (rows := SplitRows.of(ref, "test", data)).content() is None:
             found |= {ref.name: f"is {one}"} if rows.fingerprint() in sources else {}
             continue
-        prompts = _each(survey(ref, "test", data))
-        if count := sum(prompt in known for prompt in prompts):
-            part = "all" if count == len(prompts) else f"{count:,} of {len(prompts):,}"
+        asked = _each(survey(ref, "test", data))
+        if count := sum(prompt in known for prompt in asked):
+            part = "all" if count == len(asked) else f"{count:,} of {len(asked):,}"
             found[ref.name] = f"shares {part} prompts with {sets}"
     return found
 
@@ -241,17 +242,17 @@ def _read(rows: SplitRows) -> Survey:
     places = min(SAMPLE, total)
     wanted = {i * total // places for i in range(places)}
     sample: list[Example] = []
-    prompts: list[str] = []
+    digests: list[str] = []
     conversations, instructions, choices, beyond = False, False, False, 0.0
     for i, found in enumerate(_all_right(rows.tries(), rows.ref)):
         conversations |= bool(found.messages)
         instructions |= not found.verbatim and not found.messages
         choices |= bool(found.choices)
         beyond += beyond_ascii("".join(found.references))
-        prompts.append(_digest(found))
+        digests.append(_digest(found))
         if i in wanted:
             sample.append(replace(found, answers={}))  # a rule's answer may be an object that JSON lacks
-    return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total, "".join(prompts))
+    return Survey(total, tuple(sample), conversations, instructions, choices, beyond / total, "".join(digests))
 
 
 def _all_right(rows: Iterator[T | DataError], ref: DataRef) -> Iterator[T]:
@@ -281,5 +282,7 @@ _PLACE = re.compile(r"\b(line|row) \d+")
 
 
 def _digest(row: Example) -> str:
-    prompt = json.dumps([row.instruction, row.input, row.messages, row.tools], default=str)
+    # of the conversation that a row has before its answer, in whatever form it is written
+    messages = [{name: value for name, value in message.items() if value is not None} for message in prompts.before_answer(row)]
+    prompt = json.dumps([messages, row.tools], default=str, sort_keys=True)
     return hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=DIGITS // 2).hexdigest()

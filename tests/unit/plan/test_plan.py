@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tadistill.config import DataRef, validate
 from tadistill.data import tinyworld
+from tadistill.data.survey import seen_prompts
 from tadistill.errors import ConfigError, DataError
 from tadistill.glossary import GLOSSARY
 from tadistill.models.flops_and_memory import weight_bytes
@@ -530,6 +531,25 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path, monkeypatch):
     assert [*seen_notes(plan())] == []
     monkeypatch.setattr("tadistill.plan.notes.seen_prompts", lambda data, role: {"dolly": "is a training set"} if role == "train" else {})
     assert next(seen_notes(found)).startswith("dolly (test) is a training set, so its scores")
+
+
+@pytest.mark.parametrize(
+    ("row", "shared"),
+    [
+        ({"messages": [{"content": "Name a river.\n\nIn Asia.", "role": "user", "name": None}, {"role": "assistant", "content": "x"}]}, 1),
+        ({"instruction": "Name a river.\n\nIn Asia.", "output": "x"}, 1),
+        ({"prompt": "Name a river.\n\nIn Asia.", "completion": "x"}, 1),
+        ({"instruction": "Name a river.", "output": "x"}, 0),
+        ({"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a river.\n\nIn Asia."},
+                       {"role": "assistant", "content": "x"}]}, 0),
+    ],
+)  # fmt: skip
+def test_equal_prompts_are_found_in_rows_of_other_forms(row, shared, tmp_path):
+    own, other = tmp_path / "own.jsonl", tmp_path / "other.jsonl"
+    own.write_text(json.dumps({"instruction": "Name a river.", "input": "In Asia.", "output": "y"}))
+    other.write_text(json.dumps(row))
+    data = validate(recipe(data=recipe()["data"] | {"train": str(own), "test": [str(other)]})).data
+    assert seen_prompts(data, "train") == ({"other": "shares all prompts with the training data"} if shared else {})
 
 
 @pytest.mark.parametrize(
