@@ -81,6 +81,15 @@ def form(number: int, one: str, many: str) -> str:
     return one if number == 1 else many
 
 
+def size(count: float) -> str:
+    """Return a number of bytes as text, such as `1.5 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def shown(value: Any) -> str:
     """Return a value of a user's program for a sentence: as Python writes it, or only its type if that is long or has several lines."""
     text = repr(value)

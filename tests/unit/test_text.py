@@ -23,7 +23,7 @@ from tadistill.report import read_results, summary_table, write_report
 from tadistill.report.plain_text import code, escape_markdown, side_by_side
 from tadistill.store import Store
 from tadistill.terminal import Terminal
-from tadistill.text import counted, form, guarded, one_line, shortened, visible, visible_parts
+from tadistill.text import counted, form, guarded, one_line, shortened, size, visible, visible_parts
 
 HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2028]")
 EVIL = "a\x1b[2J\x1b]0;title\x07\u202eb\x9b\ud800\u2028c\r\0"
@@ -166,3 +166,10 @@ def test_a_noun_has_the_form_that_its_number_needs():
     assert [counted(number, "stage") for number in (0, 1, 2)] == ["0 stages", "1 stage", "2 stages"]
     assert [counted(number, "of them is", "of them are") for number in (1, 3)] == ["1 of them is", "3 of them are"]
     assert [form(number, "reply", "replies") for number in (1, 1000)] == ["reply", "replies"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (37.8e6, "37.8 MB"), (1.93e9, "1.9 GB"), (2e13, "20.0 TB")]
+)
+def test_sizes_are_in_the_unit_that_fits(count, text):
+    assert size(count) == text

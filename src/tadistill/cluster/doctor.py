@@ -28,13 +28,14 @@ from packaging.utils import canonicalize_name
 from rich.markup import escape
 from rich.table import Table
 
-from tadistill.cluster.fetch import compare, size
+from tadistill.cluster.fetch import compare
 from tadistill.cluster.slurm import Profile, accounts_in, output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
 from tadistill.errors import TadistillError
 from tadistill.runner.trackers import missing_trackers
 from tadistill.store import store_of
+from tadistill.text import size
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 _SECONDS = 20

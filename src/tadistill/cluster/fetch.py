@@ -29,6 +29,7 @@ from tadistill.errors import TadistillError
 from tadistill.models import sources
 from tadistill.models.sources import Gives, fetch_part, locate_part, needed_part
 from tadistill.terminal import Terminal
+from tadistill.text import size
 
 _RECORD = "fetched.json"
 _WORKERS = 1
@@ -210,12 +211,3 @@ def _change(need: Need, found: Found, record: Mapping[str, Any]) -> str | None:
 def _read(runs: Path) -> dict[str, Any]:
     path = runs / _RECORD
     return read_json(path, fix="delete it and run `tadistill fetch RECIPE` again") if path.is_file() else {}
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as text, such as `1.5 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -18,14 +18,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.cluster import slurm
-from tadistill.cluster.fetch import size
 from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, search_plan, study_state, unfinished
 from tadistill.config.machine import Tracker
 from tadistill.errors import ConfigError, StoreError
 from tadistill.runner.local import ADVICE, LOG, SEARCH, is_search, local_runs
 from tadistill.store import MANIFEST, STAGE, Store, keys_in
 from tadistill.terminal import Terminal
-from tadistill.text import counted
+from tadistill.text import counted, size
 
 _STORE = "store"
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files

@@ -35,7 +35,7 @@ from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, vllm_stages
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
-from tadistill.text import counted, listed
+from tadistill.text import counted, listed, size
 
 ASKED = "teacher tokens"
 """The column of the arms' table with the number of answer tokens that the original teacher writes or scores."""
@@ -132,7 +132,7 @@ def _recordings(plan: Plan) -> Iterator[str]:
         if stage.cost is None or stage.cost.disk is None or not isinstance(stage.spec, SignalSpec):
             continue
         disk, readers = stage.cost.disk, sum(stage.key in other.parents.values() for other in plan.stages.values())
-        space = f"{disk.token:,.0f} bytes a token and {disk.total / 1e6:,.3g} MB on disk"
+        space = f"{disk.token:,.0f} bytes a token and {size(disk.total)} on disk"
         shared = f"{counted(readers, 'distillation reads', 'distillations read')} it"
         losses = stage.spec.signal.inexact("the recording has") or "exact"
         yield f"{stage.label}: losses from this recording are {losses}; {'' if disk.exact else 'at most '}{space}; {shared}."

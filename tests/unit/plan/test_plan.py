@@ -271,7 +271,10 @@ def test_a_plan_says_the_bytes_of_a_recording_and_how_often_it_is_read():
     assert "hidden signal of xl on the text of s, seed 1: losses from this recording are exact; 256 bytes a token and " in text.getvalue()
     sampled = "an unbiased estimate: the recording has 4 drawn tokens for each position; at most 14 bytes a token and "
     assert f"sampled signal of xl on the text of s, seed 1: losses from this recording are {sampled}" in text.getvalue()
-    assert text.getvalue().count("MB on disk; 2 distillations read it.") == 3
+    disks = [stage.cost.disk.total for stage in found.stages.values() if stage.kind == "signal"]
+    assert disks == [9354240, 1132740, 511560]
+    for written in ("9.4 MB", "1.1 MB", "511.6 kB"):
+        assert f" bytes a token and {written} on disk; 2 distillations read it." in text.getvalue()
 
 
 def test_a_signal_may_be_recorded_by_several_processes():
