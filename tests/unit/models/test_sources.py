@@ -306,10 +306,10 @@ def test_gguf_errors(tmp_path):
 
 
 def test_a_gguf_file_needs_a_transformers_that_reads_its_tokenizer(gguf_file, monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "5.22.2")
+    monkeypatch.setattr("tadistill.models.loading.transformers.__version__", "5.22.2")
     with pytest.raises(ModelError, match=r"`tiny.gguf` needs transformers 5.23 or newer, because version 5.22.2, which is inst"):
         fetch(str(gguf_file))
-    monkeypatch.setattr("transformers.__version__", "5.23.0.dev0")
+    monkeypatch.setattr("tadistill.models.loading.transformers.__version__", "5.23.0.dev0")
     with pytest.raises(ModelError, match=r"because version 5.23.0.dev0"):
         fetch(str(gguf_file))
 
