@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER, _DATE = "an answer 7919", "a date 7919"  # texts that no template contains
-_MARK = re.compile(r"\b(text|call)_(\d+)_(\d+)_7919\b")  # in place of a message's text or the name of a tool call
+_MARK = re.compile(r"\b(text|call|tool)_(\d+)_(\d+)_7919\b")  # in place of a message's text, or the name of a call or a tool
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag that transformers adds to Jinja; it marks what the model wrote
 _START, _END = "\ufdd0", "\ufdd1"  # around a marked part; Unicode noncharacters, which no text contains
 THINKING = ("reasoning_content", "thinking", "reasoning")
@@ -47,13 +47,7 @@ def render(
         DataError: the template refuses the conversation, or leaves out a turn, a tool or a tool call.
     """
     text = written(messages, tokenizer, where, tools, settings, prompt=True)
-    _check_turns(messages, tokenizer, where, tools, settings or {})
-    for name in called(tools):
-        if name not in text:
-            raise DataError(
-                f"{where}: the tokenizer's chat template leaves out the tool `{name}`; use a tokenizer whose template writes tools, or "
-                "remove `tools` from `columns` of the data set"
-            )
+    _check_parts(messages, tokenizer, where, tools, settings or {})
     return text + _header(default_template(tokenizer.chat_template), _texts(tokenizer.special_tokens_map))
 
 
@@ -224,14 +218,18 @@ def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
     return header if header.strip() else ""  # "[INST] hello [/INST] an answer": the prompt ends where the answer begins
 
 
-def _check_turns(
+def _check_parts(
     messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str, tools: Seq[Any], settings: Mapping[str, Any]
 ) -> None:
-    given = [_with_marks(message, i) for i, message in enumerate(messages)], tools, {**tokenizer.special_tokens_map, **settings}
+    marked, variables = [_with_marks(message, i) for i, message in enumerate(messages)], {**tokenizer.special_tokens_map, **settings}
+    given = marked, _renamed(tools, "tool_0"), variables
     for kind, turn, number in _left_out(template_for(tokenizer, tools), json.dumps(given, default=str)):
         names, role = called(messages[turn].get("tool_calls") or ()), messages[turn].get("role")
         what, fix = f"the turn of role `{role}`", "move its text into a user's turn, or use a tokenizer with another template"
-        if names:
+        if kind == "tool":
+            what = f"the tool `{called([tools[number]])[0]}`"
+            fix = "use a tokenizer whose template writes tools, or remove `tools` from `columns` of the data set"
+        elif names:
             part = f"call of `{names[number]}`" if kind == "call" else "text"
             what, fix = f"the {part} of turn {turn + 1} of `messages`", "use a tokenizer with another template, or delete the row"
         raise DataError(f"{where}: the tokenizer's chat template leaves out {what}; {fix}")
@@ -242,9 +240,13 @@ def _with_marks(message: Mapping[str, Any], turn: int) -> dict[str, Any]:
     found, calls = {**message, **{name: "a thought" for name in THINKING if message.get(name)}}, message.get("tool_calls") or ()
     if message.get("content") or not calls:  # some templates write calls only if there is no text
         found["content"] = f"text_{turn}_0_7919"
-    named = [call.get("function", call) | {"name": f"call_{turn}_{i}_7919"} for i, call in enumerate(calls)]
-    renamed = [call | ({"function": name} if "function" in call else name) for call, name in zip(calls, named, strict=True)]
-    return found | ({"tool_calls": renamed} if renamed else {})
+    return found | ({"tool_calls": _renamed(calls, f"call_{turn}")} if calls else {})
+
+
+def _renamed(functions: Seq[Mapping[str, Any]], mark: str) -> list[dict[str, Any]]:
+    # tools or tool calls with marks in place of their names
+    marks = [{"name": f"{mark}_{i}_7919"} if called([each]) else {} for i, each in enumerate(functions)]
+    return [{**f, **({"function": f["function"] | m} if m and "function" in f else m)} for f, m in zip(functions, marks, strict=True)]
 
 
 @lru_cache(maxsize=1024)
@@ -255,7 +257,7 @@ def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
         text = _text(template, messages, variables, tools, prompt=True).lower()
     except Exception:  # a template may refuse the marks
         return []
-    marks = _MARK.finditer(json.dumps(messages))
+    marks = _MARK.finditer(json.dumps([messages, tools]))
     return [(mark[1], int(mark[2]), int(mark[3])) for mark in marks if mark[0] not in text]
 
 
