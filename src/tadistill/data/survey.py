@@ -110,7 +110,7 @@ _OTHER = {
 
 def seen_prompts(data: Data, role: str) -> dict[str, str]:
     """Return words about each test set with prompts that are also in the sets of a role (train or dev), such as `shares 2 of 4 prompts with
-    the training data`.
+    the training data, so its scores are not only about new prompts`.
 
     Only exact copies count, in rows of whatever form. Rows on the Hub are not compared, but a test set that is itself one of these sets is
     named. Raises DataError if a data set is missing, or a row is wrong.
@@ -124,13 +124,17 @@ def seen_prompts(data: Data, role: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for ref in data.test:
         if (rows := SplitRows.of(ref, "test", data)).content() is None:
-            found |= {ref.name: f"is {one}"} if rows.fingerprint() in sources else {}
+            found |= {ref.name: f"is {one}, {_KNOWN}"} if rows.fingerprint() in sources else {}
             continue
         asked = _each(survey(ref, "test", data))
         if count := sum(prompt in known for prompt in asked):
             part = "all" if count == len(asked) else f"{count:,} of {len(asked):,}"
-            found[ref.name] = f"shares {part} prompts with {sets}"
+            meaning = _KNOWN if count == len(asked) else "so its scores are not only about new prompts"
+            found[ref.name] = f"shares {part} prompts with {sets}, {meaning}"
     return found
+
+
+_KNOWN = "so its scores do not show how the models answer new prompts"
 
 
 def _each(found: Survey) -> list[str]:

@@ -184,7 +184,7 @@ def seen_notes(plan: Plan) -> Iterator[str]:
         with suppress(TadistillError):
             found = seen_prompts(plan.recipe.data, role)
         for name, what in found.items():
-            yield f"{name} (test) {what}, so its scores do not show how the models answer new prompts"
+            yield f"{name} (test) {what}"
 
 
 def _engines(plan: Plan) -> Iterator[str]:

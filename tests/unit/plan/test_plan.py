@@ -514,11 +514,11 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path, monkeypatch):
         path.write_text("".join(lines))
     own, half, new = map(str, paths.values())
     data = recipe()["data"] | {"train": own, "dev": new, "test": [half, new, own]}
-    end = "so its scores do not show how the models answer new prompts"
+    end, some = "so its scores do not show how the models answer new prompts", "so its scores are not only about new prompts"
     notes = [
-        f"half (test) shares 2 of 4 prompts with the training data, {end}",
+        f"half (test) shares 2 of 4 prompts with the training data, {some}",
         f"own (test) shares all prompts with the training data, {end}",
-        f"half (test) shares 2 of 4 prompts with the dev data, which choose checkpoints, {end}",
+        f"half (test) shares 2 of 4 prompts with the dev data, which choose checkpoints, {some}",
         f"new (test) shares all prompts with the dev data, which choose checkpoints, {end}",
     ]
     found = plan(data=data)
@@ -526,14 +526,16 @@ def test_a_test_set_with_training_prompts_is_named(tmp_path, monkeypatch):
     assert describe(found, created="", recipe_text="", command="")["seen"] == notes
     assert f"{notes[0]}." in next(plan_notes(found, Store(tmp_path), {}, 1))
     few = plan(data=data | {"limit": {"train": 2}, "test": [own]})
-    assert [*seen_notes(few)] == [f"own (test) shares 2 of 4 prompts with the training data, {end}"]
+    assert [*seen_notes(few)] == [f"own (test) shares 2 of 4 prompts with the training data, {some}"]
     kept = {"select": {"metric": "last"}}
     models = {name: each | {"sft": each["sft"] | kept} for name, each in recipe()["models"].items()}
     assert [*seen_notes(plan(data=data | {"test": [new]}, models=models, method=recipe()["method"] | kept))] == []
     assert [*seen_notes(plan(data=data | {"test": [new]}))] == notes[3:]
     assert [*seen_notes(plan())] == []
-    monkeypatch.setattr("tadistill.plan.notes.seen_prompts", lambda data, role: {"dolly": "is a training set"} if role == "train" else {})
-    assert next(seen_notes(found)).startswith("dolly (test) is a training set, so its scores")
+    monkeypatch.setattr("tadistill.data.survey.SplitRows.content", lambda rows: None)  # as of a set on the Hub, which is not read
+    monkeypatch.setattr("tadistill.data.survey.SplitRows.fingerprint", lambda rows: rows.ref.load)
+    found = [*seen_notes(plan(data=data))]
+    assert found == [f"own (test) is a training set, {end}", f"new (test) is a dev set, which chooses checkpoints, {end}"]
 
 
 @pytest.mark.parametrize(
@@ -552,7 +554,9 @@ def test_equal_prompts_are_found_in_rows_of_other_forms(row, shared, tmp_path):
     own.write_text(json.dumps({"instruction": "Name a river.", "input": "In Asia.", "output": "y"}))
     other.write_text(json.dumps(row))
     data = validate(recipe(data=recipe()["data"] | {"train": str(own), "test": [str(other)]})).data
-    assert seen_prompts(data, "train") == ({"other": "shares all prompts with the training data"} if shared else {})
+    found = seen_prompts(data, "train")
+    assert [*found] == ["other"] * shared
+    assert not found or found["other"].startswith("shares all prompts with the training data, ")
 
 
 @pytest.mark.parametrize(
