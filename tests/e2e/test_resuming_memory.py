@@ -30,7 +30,7 @@ def proportional() -> dict[str, int]:
     """Bytes of this process by kind. A page that n processes share counts as 1 / n of a page."""
     lines = Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines()
     found = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_")}
-    return {"own": found["Pss_Anon"], "mapped": found["Pss_File"]}
+    return {"own": found["Pss_Anon"], "mapped": found["Pss_File"] + found["Pss_Shmem"]}  # the second in /dev/shm
 
 
 def resume(folder: Path) -> None:

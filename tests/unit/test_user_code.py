@@ -39,9 +39,12 @@ def loss(student, teacher, scale=1.0):
 """
 
 
+BESIDE = "gives a token another value if other tokens are beside it"
+
+
 def try_own_code(recipe):
     try_metrics(recipe)
-    try_objectives(recipe, 420)
+    try_objectives(make_plan(recipe), lambda name: 420)
 
 
 @pytest.fixture
@@ -109,7 +112,14 @@ def test_mistakes_are_found_by_the_plan(study, change, words):
         (("student - teacher", "student[:, :99] @ teacher"), r"fails on random logits of shape \(5, 420\): RuntimeError"),
         (("return len(prediction)", "raise SystemExit"), "metrics.1: .* for the answer .* failed with SystemExit"),
         ((".sum(-1)", ".sum(-1) + exit(0)"), r"fails on random logits of shape \(5, 420\): SystemExit"),
-        (("return scale * (student - teacher)", "return (student - student.mean(0))"), "gives two tokens other values when they are alone"),
+        (
+            ("return scale * (student - teacher)", "return (student - student.mean(0))"),
+            BESIDE,
+        ),
+        ((".sum(-1)", ".sum(-1).cumsum(0)"), BESIDE),
+        ((".sum(-1)", ".sum(-1) * student.new_tensor(range(1, len(student) + 1))"), BESIDE),
+        (("scale * (student", "scale / student.abs().max() * (student"), BESIDE),
+        ((".sum(-1)", ".sum(-1) if len(student) == 5 else None"), r"returns a NoneType for logits of shape \(1, 420\)"),
     ],
 )
 def test_functions_that_would_fail_later_are_found_before_work(study, change, words):
@@ -131,7 +141,29 @@ def test_functions_that_would_fail_later_are_found_before_work(study, change, wo
 )
 def test_an_objective_is_tried_on_the_vocabulary_of_the_study(study, value):
     """It was tried on seven tokens, so these were refused."""
-    try_objectives(study("import torch\n" + CODE.replace("scale * (student - teacher).pow(2).sum(-1)", value)), 420)
+    recipe = study("import torch\n" + CODE.replace("scale * (student - teacher).pow(2).sum(-1)", value))
+    try_objectives(make_plan(recipe), lambda name: 420)
+
+
+@pytest.mark.parametrize(("tail", "columns"), [("lump", 17), ("drop", 16)])
+def test_an_objective_is_tried_on_the_columns_of_a_recording(study, tail, columns):
+    """It was tried on the vocabulary, and trained on other columns or failed after the recording."""
+    sampler = f"method.sampler={{type: dataset, signal: {{type: top_k, k: 16, tail: {tail}}}}}"
+    for value, fits in ((f"student.topk({columns}).values.sum(-1)", True), (f"student.topk({columns + 1}).values.sum(-1)", False)):
+        plan = make_plan(study(CODE.replace("scale * (student - teacher).pow(2).sum(-1)", value), sampler))
+        if fits:
+            try_objectives(plan, lambda name: 420)
+        else:
+            with pytest.raises(ConfigError, match=rf"fails on random logits of shape \(5, {columns}\): RuntimeError"):
+                try_objectives(plan, lambda name: 420)
+
+
+def test_an_objective_is_tried_on_the_vocabulary_of_its_models(study):
+    """It was tried on the smallest vocabulary of the study."""
+    code = "import torch\n" + CODE.replace("scale * (student - teacher).pow(2).sum(-1)", "(student * torch.ones(512)).sum(-1)")
+    plan, asked = make_plan(study(code)), []
+    try_objectives(plan, lambda name: asked.append(name) or {"s": 512}[name])
+    assert asked == ["s"]
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,9 @@ class Head:
     """Last layer of a language model: softcap(scale * (hidden @ weight.T + bias)), where softcap(z) = cap tanh(z / cap)."""
 
     weight: Tensor
-    """Weight (V, H). With tied embeddings it is the weight of the embedding."""
+    """Weight (V, H), with finite values. With tied embeddings it is the weight of the embedding."""
     bias: Tensor | None = None
-    """Bias (V,), if the head has one."""
+    """Bias (V,), if the head has one. Its values may be -inf."""
     scale: float = 1.0
     softcap: float | None = None
 

@@ -1,5 +1,6 @@
 """Try the user's own metrics and objectives before a study starts, so that their mistakes are found before any stage has run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -7,11 +8,14 @@ import torch
 
 from tadistill.config import Data, DataRef, Recipe
 from tadistill.config.objective import Custom
-from tadistill.config.recipe import methods
+from tadistill.config.sampling import TopKSignal
 from tadistill.data.datasets import SplitRows
 from tadistill.data.rows import Example
 from tadistill.errors import ConfigError, about
 from tadistill.evaluation.text_scores import score_own
+from tadistill.plan.arms import Plan
+from tadistill.plan.graph import Stage
+from tadistill.plan.kinds import TrainingSpec
 from tadistill.train.step import own_divergence
 from tadistill.user_code import load_function
 
@@ -41,16 +45,30 @@ def try_metrics(recipe: Recipe) -> None:
                     )
 
 
-def try_objectives(recipe: Recipe, vocab: int) -> None:
-    """Call the recipe's own objectives with random logits over `vocab` tokens, the vocabulary that the models share.
+def try_objectives(plan: Plan, vocab: Callable[[str], int]) -> None:
+    """Call the plan's own objectives with random logits, over as many columns as the trainings with them have.
+
+    Args:
+        vocab: returns the number of tokens that a model shares with the models of its tokenizer.
 
     Raises:
         ConfigError: an objective fails, does not return one finite value with a gradient per token, or mixes tokens.
     """
-    for method in methods(recipe):
-        if isinstance(method.objective, Custom):
+    tried: list[tuple[Custom, int]] = []
+    for stage in plan.stages.values():
+        objective = stage.spec.method.objective if isinstance(stage.spec, TrainingSpec) else None
+        if isinstance(objective, Custom) and (case := (objective, _columns(plan, stage, vocab(stage.model)))) not in tried:
+            tried.append(case)
             with about("objective.function"):
-                _try_objective(method.objective, recipe.runtime.code, vocab)
+                _try_objective(objective, plan.recipe.runtime.code, case[1])
+
+
+def _columns(plan: Plan, stage: Stage, vocab: int) -> int:
+    # of a teacher's top tokens, the objective gets only these, and one column for all others
+    assert isinstance(stage.spec, TrainingSpec)
+    served = [model.serve.signal for name in stage.teachers if (model := plan.recipe.models[name]).serve]
+    signal = stage.spec.method.signal or next(iter(served), None)
+    return vocab if not isinstance(signal, TopKSignal) or signal.k >= vocab else signal.k + (signal.tail == "lump")
 
 
 def _first_two(ref: DataRef, data: Data) -> list[Example]:
@@ -58,29 +76,34 @@ def _first_two(ref: DataRef, data: Data) -> list[Example]:
     return replace(rows, limit=min(rows.limit or 2, 2)).read()
 
 
-def _try_objective(objective: Custom, folder: str | None, vocab: int) -> None:
+def _try_objective(objective: Custom, folder: str | None, columns: int) -> None:
     function = load_function(objective.function, folder)
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(_TRIED, vocab, generator=generator) for _ in range(2))
+    student, teacher = (torch.randn(_TRIED, columns, generator=generator) for _ in range(2))
     student.requires_grad_()
     what = f"objective `{function.name}` in {function.file}"
     divergence = partial(own_divergence(function.call), temperature=objective.temperature, **objective.settings)
-    try:
-        values = divergence(student, teacher)
-        again, some = (divergence(student[:n], teacher[:n]) for n in (_TRIED, 2))
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        shape = f"random logits of shape ({_TRIED}, {vocab})"
-        raise ConfigError(f"{what} fails on {shape}: {type(error).__name__}: {error}; correct the function") from error
-    if not isinstance(values, torch.Tensor) or values.shape != (_TRIED,):
-        found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-        raise ConfigError(
-            f"{what} returns {found} for logits of shape ({_TRIED}, {vocab}); return one value per token, a tensor of shape ({_TRIED},)"
-        )
-    if not values.requires_grad or not torch.isfinite(values).all():
-        rule = "returns values that are not finite" if values.requires_grad else "has no gradient to the student's logits"
+
+    def values(rows: list[int]) -> torch.Tensor:
+        shape = f"logits of shape ({len(rows)}, {columns})"
+        try:
+            found = divergence(student[rows], teacher[rows])
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            raise ConfigError(f"{what} fails on random {shape}: {type(error).__name__}: {error}; correct the function") from error
+        if not isinstance(found, torch.Tensor) or found.shape != (len(rows),):
+            other = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+            raise ConfigError(f"{what} returns {other} for {shape}; return one value per token, a tensor of shape ({len(rows)},)")
+        return found
+
+    every = [*range(_TRIED)]
+    found = values(every)
+    if not found.requires_grad or not torch.isfinite(found).all():
+        rule = "returns values that are not finite" if found.requires_grad else "has no gradient to the student's logits"
         raise ConfigError(f"{what} {rule}; correct the function")
-    if torch.equal(values, again) and not torch.allclose(values[:2], some, rtol=1e-3, atol=1e-5):  # one that draws numbers is not compared
-        raise ConfigError(
-            f"{what} gives two tokens other values when they are alone than among {_TRIED} tokens, but the loss is computed for a few "
-            "tokens at a time; make a token's value depend on this token's logits only"
-        )
+    draws = not torch.equal(found, values(every))  # a function that draws random numbers is not compared
+    for rows in ([0], [4, 1], [2, 3, 4], every[::-1]):
+        if not torch.allclose(values(rows), found[rows], rtol=1e-3, atol=1e-5) and not draws:
+            raise ConfigError(
+                f"{what} gives a token another value if other tokens are beside it, but the loss is computed for a few tokens at a time; "
+                "make a token's value depend on this token's logits only"
+            )

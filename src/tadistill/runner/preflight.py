@@ -25,6 +25,7 @@ from tadistill.models.tokens import check_same_tokenizer, vocabulary
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
+from tadistill.plan.kinds import TrainingSpec
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, uses_vllm, vllm_stages
 from tadistill.plan.throughput import cores
@@ -81,10 +82,9 @@ def check_inputs(plan: Plan, console: Terminal | None = None, *, show: Callable[
     families = _families(plan, tokenizers)
     read = _read_data(plan, families, show)
     with found.about():
-        if families:
-            shared = min(family.shared for family in families)
-            _check_top_k(recipe, shared)
-            try_objectives(recipe, shared)
+        shared = {name: family.shared for family in families for name in family.models}
+        _check_top_k(plan, shared)
+        try_objectives(plan, lambda name: shared[name])
     for name in tokenizers:
         with found.about(f"models.{name}"):
             family = next(family for family in families if name in family.models)
@@ -176,10 +176,11 @@ def _check_model_and_texts(
         check_texts(recipe, name, rows, config, family.tokenizer, read[reader].texts_of(name), family.shared)
 
 
-def _check_top_k(recipe: Recipe, vocab: int) -> None:
-    for method in methods(recipe):
-        if isinstance(method.objective, TopKForwardKL | TopKReverseKL) and method.objective.k > vocab:
-            raise ConfigError(f"objective.k is {method.objective.k}, but the models share only {vocab} tokens; write at most {vocab}")
+def _check_top_k(plan: Plan, shared: Mapping[str, int]) -> None:
+    for stage in plan.stages.values():
+        objective = stage.spec.method.objective if isinstance(stage.spec, TrainingSpec) else None
+        if isinstance(objective, TopKForwardKL | TopKReverseKL) and objective.k > (vocab := shared[stage.model]):
+            raise ConfigError(f"objective.k is {objective.k}, but the models share only {vocab} tokens; write at most {vocab}")
 
 
 def _check_peft(recipe: Recipe) -> None:
