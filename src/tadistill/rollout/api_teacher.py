@@ -35,8 +35,10 @@ LONGEST_WAIT = 600.0
 """Longest wait (Retry-After) in seconds that an API may demand. If it demands a longer one, the stage ends."""
 # After so many refusals without any answer, the API is assumed to refuse every request. Requests are sent in a random order, because a
 # filter or a limit can refuse all rows of one place. If it refuses three quarters of the rows, the first 30 are all refused with a
-# probability of 0.0002. Fewer are enough if the API names a setting that it does not accept.
+# probability of 0.0002. Fewer are enough if a setting is the reason: the API names one that it does not accept, or the answer is cut before
+# it begins, which is paid for.
 _REFUSALS, _REFUSALS_OF_A_SETTING = 30, 3
+_CUT = "the answer is empty; raise `max_new_tokens`"
 _SEEDS = 2**31  # seeds are below this number, because some servers accept no larger seed
 _SHOWN = 5  # largest number of rows that a message names
 
@@ -92,7 +94,7 @@ def usable(reply: Reply) -> str:
     if reply.finish not in ("stop", "length"):
         return f"the answer ends by `{reply.finish}`"
     if not reply.text.strip():
-        return "the answer is empty" + ("; raise `max_new_tokens`" if reply.finish == "length" else "")
+        return _CUT if reply.finish == "length" else "the answer is empty"
     return ""
 
 
@@ -149,7 +151,7 @@ class Asking:
         self.known, self.answered, self.reason = 0, 0, ""
         self.failed: dict[int, str] = {}
         """The reason why a row got no usable answer, by the row's line in its file, or by its number."""
-        self.noun = "row"
+        self.noun, self.of_a_setting = "row", 0  # `of_a_setting`: the number of refusals because of a setting
         self._digests: dict[str, str] = {}
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
@@ -214,7 +216,8 @@ class Asking:
         with self.lock:
             self.failed[request.line or request.row] = why
             self.noun = "line" if request.line else "row"
-            enough = len(self.failed) >= (_REFUSALS_OF_A_SETTING if named else _REFUSALS)
+            self.of_a_setting += bool(named) or why == _CUT
+            enough = len(self.failed) >= _REFUSALS or self.of_a_setting >= _REFUSALS_OF_A_SETTING
             all_refused = enough and not (self.known or self.answered)
         if all_refused:
             fix = f" (if it does not accept `{named[0]}`, write `omit: [{named[0]}]` below `api`)" if named else ""
