@@ -202,17 +202,17 @@ def test_a_model_that_thinks_longer_than_max_new_tokens_is_paid_for_few_answers(
         with pytest.raises(ServerFailed, match=r"so far, because the answer is empty; raise `max_new_tokens`; 0 of 60 answers are saved"):
             asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
         assert len(fake.asked) == 3
-    with serve(lambda number, text: reply(number, "", "length") if number > 0 else honest(number, text)) as fake:
-        with pytest.raises(ServerFailed, match="gives no usable answer to rows .* and 54 more of the training set"):
-            asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+    later = serve(lambda number, text: reply(number, "", "length") if number > 0 else honest(number, text))
+    with later as fake, pytest.raises(ServerFailed, match=r"gives no usable answer to rows .* and 54 more of the training set"):
+        asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
 
 
 def test_refusals_of_other_kinds_do_not_blame_a_setting(tmp_path):
     prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
     faults = [error(400, "filtered"), error(400, "filtered"), reply(2, "", "length")]
-    with serve(lambda number, text: faults[number] if number < 3 else honest(number, text)) as fake:
-        with pytest.raises(ServerFailed, match="gives no usable answer to rows .*; 57 of 60 answers are saved"):
-            asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+    first = serve(lambda number, text: faults[number] if number < 3 else honest(number, text))
+    with first as fake, pytest.raises(ServerFailed, match=r"gives no usable answer to rows .*; 57 of 60 answers are saved"):
+        asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
 
 
 def test_cut_answers_are_marked(tmp_path):
