@@ -122,11 +122,11 @@ def ask_all(
     """
     prompts = {question.text: (question.set, question.index) for question in questions}
     run = _Run(settings, cache, ask, tick, prompts)
-    first = 0 if run.answered else _REFUSALS
+    first = 0 if run.sample else _REFUSALS
     run.settle_all(run.order[:first])
-    if run.answered and not run.failure:
+    if run.sample and not run.failure:
         run.settle_all(run.order[first:])
-    if run.verdicts.refused and not run.answered:
+    if run.verdicts.refused and not run.sample:
         run.fail(f"it has refused all questions so far, because {next(iter(run.verdicts.refused.values()))}")
     if run.failure:
         done = sum(_settled(text, settings, cache) for text in prompts)
@@ -150,12 +150,12 @@ class _Run:
         self.rows = in_order_of_asking(prompts, together=_REFUSALS)
         self.places = {text: place for row in self.rows.values() for place, text in enumerate(row)}
         self.order = [text for each in zip_longest(*self.rows.values()) for text in each if text is not None]
-        self.answered = any(cache.get(question_key(settings, text)) for text in prompts)
-        """True after an answer of the endpoint, in this run or an earlier one."""
+        self.sample = next((text for text in prompts if cache.get(question_key(settings, text))), "")
+        """A text that the endpoint has answered, in this run or an earlier one."""
         self.refused = set[str]()
         """The questions of which the endpoint has answered no wording in this run."""
-        self.without_answer, self.sample = 0, ""
-        """The number of refusals since the last answer of this run, and the text that it answered."""
+        self.without_answer = 0
+        """The number of refusals since the last answer of this run."""
         self.closed: dict[str, str] = {}
         """Maps each test set of which no more questions are asked to the reason."""
 
@@ -177,7 +177,7 @@ class _Run:
                 if reply is None:
                     return
                 self.cache.put(key, reply)
-                self.answered, count, self.sample, self.without_answer = True, False, asked, 0
+                count, self.sample, self.without_answer = False, asked, 0
             found = parse_scores(reply.text)
             if found is not None:
                 break

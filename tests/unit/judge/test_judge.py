@@ -389,6 +389,15 @@ def test_an_endpoint_that_begins_to_refuse_everything_leaves_complete_prompts(pr
         assert {*found.unasked.values()} == {"the endpoint refuses everything, also a question that it had answered"}
 
 
+def test_an_endpoint_that_answered_an_earlier_run_and_refuses_everything_now_is_asked_few_questions():
+    """It was asked all 1,100 other questions, because a question that it had answered was known only after an answer of this run."""
+    settings = Judge(model="j", base_url="http://j")
+    memory = Memory({question_key(settings, f"d {i} 0"): Reply("8 5", 1, 1) for i in range(100)})
+    found, sent, _ = ask_about({"d": 100}, lambda name, index, number: True, memory=memory, questions=12)
+    assert (len(found.scores), len(found.refused), len(sent)) == (100, 200, 201)
+    assert {*found.unasked.values()} == {"the endpoint refuses everything, also a question that it had answered"}
+
+
 def test_an_endpoint_that_is_gone_when_a_question_is_asked_again_is_a_failure():
     left = 100
 
