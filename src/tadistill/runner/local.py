@@ -166,21 +166,21 @@ def result_written(study: Path, verb: str) -> None:
 
 def unfinished_stages(study: Path, verb: str) -> list[str]:
     """Return the keys of the stages of a command's runs, or none if its result has been written."""
+    return _named(_stages(study, verb))
+
+
+def _named(file: Path) -> list[str]:
     try:
-        return [*map(str, json.loads(_stages(study, verb).read_text(encoding="utf-8"))["stages"])]
+        return [*map(str, json.loads(file.read_text(encoding="utf-8"))["stages"])]
     except (OSError, ValueError, TypeError, KeyError):
         return []
 
 
 def _keep_stages(study: Path, run: LocalRun) -> None:
-    """Name the stages of an ended run in VERB-stages.json, if its result is not written. Earlier versions named them only in its record."""
-    if run.verb in _RESULTS and run.state != "running":
-        try:
-            written = (study / _RESULTS[run.verb]).stat().st_mtime
-        except OSError:
-            written = 0.0
-        if run.seen >= written:
-            _name_stages(study, run)
+    """Name the stages of an ended run in VERB-stages.json, if its result does not name them. Earlier versions named them only in its
+    record."""
+    if run.verb in _RESULTS and run.state != "running" and not {*run.needs} <= {*_named(study / _RESULTS[run.verb])}:
+        _name_stages(study, run)
 
 
 def _name_stages(study: Path, run: LocalRun) -> None:

@@ -210,6 +210,24 @@ def test_the_stages_of_a_search_that_an_earlier_version_began_are_kept(study, mo
     assert [run.needs for run in local_runs(study)] == [["c"]]
 
 
+@pytest.mark.parametrize("seconds", [-3600.0, 3600.0])
+@pytest.mark.parametrize(("verb", "result"), [("search", "search.json"), ("advise", "advice.json")])
+def test_whether_a_result_names_the_stages_does_not_depend_on_clocks(study, monkeypatch, verb, result, seconds):
+    """The time of the record is that of its machine, the time of the result that of the disk. If they differed by a second, the stages of a
+    finished search were kept for ever, or those of an interrupted one were lost."""
+    monkeypatch.setattr("sys.argv", ["tadistill", verb, "small.yaml"])
+    old = journal(study)
+    old.run.born, old.run.needs, old.run.ended = "earlier", ["a", "b"], "finished"
+    old.save()
+    for names, kept in ((["a", "b", "c"], []), (["a", "c"], ["a", "b"])):
+        write_json(study / result, {"stages": names})
+        os.utime(study / result, (old.run.seen + seconds,) * 2)
+        monkeypatch.setattr("sys.argv", ["tadistill", "run", "small.yaml"])
+        with local.planning(study):
+            assert local.unfinished_stages(study, verb) == kept
+        old.save()
+
+
 def test_an_old_record_that_cannot_be_deleted_ends_nothing(study, monkeypatch):
     old = journal(study)
     old.run.host, old.run.ended = "elsewhere", "failed"
