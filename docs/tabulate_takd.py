@@ -132,7 +132,6 @@ def take_pictures(report: Path) -> None:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1100, "height": 900}, device_scale_factor=1.5)
         page.goto(report.as_uri())
-        page.wait_for_function("!document.querySelector('[data-waits]')")  # the parts of a large page are packed
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         page.wait_for_timeout(2000)
         for name in (n for n in PICTURES if n != "plane"):

@@ -1,8 +1,14 @@
 """The page in a real browser: no errors or requests, a complete first screen, figures and numbers as in results.json, by keyboard too."""
 
+import base64
 import json
+import re
+import zlib
+from html import escape
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -100,19 +106,63 @@ def test_page_in_a_browser(browser, shared):
 
 
 def test_a_packed_page_is_the_same_in_a_browser(browser, shared, monkeypatch):
-    def shown(path: Path) -> tuple[str, int]:
+    """It was unpacked after the page had loaded: what was printed had no packed part, and a link to a section ended elsewhere."""
+
+    def shown(path: Path) -> tuple:
         opened = Opened(browser, path, fragment="#behaviour&hide=direct")
-        opened.page.wait_for_function("!document.querySelector('[data-waits]') && document.querySelector('#sample-answers article')")
-        opened.page.wait_for_function("scrollY > 0 && document.querySelector('#behaviour').getBoundingClientRect().top < innerHeight")
+        page = opened.page
+        page.wait_for_function("scrollY > 0 && scrollY === window.before || (window.before = scrollY, false)", polling=300)  # it is smooth
+        elements = "[...document.querySelectorAll('main, main *:not(noscript)')]"
+        found = [
+            page.locator("[data-arm].off").count(),
+            page.evaluate("Math.round(scrollY)"),
+            len(re.findall(rb"/Type /Page\b", page.pdf())),
+        ]
+        found += page.evaluate(f"{elements}.map((e) => [e.tagName, e.id, e.getBoundingClientRect().top + scrollY])")
         opened.unfold()
-        text, off = opened.page.locator("body").inner_text(), opened.page.locator("[data-arm].off").count()
+        found.append(page.locator("body").inner_text())
+        page.add_init_script(
+            "addEventListener('load', () => { window.loaded = document.querySelectorAll('main *:not(noscript)').length; })"
+        )
+        page.reload()
+        opened.requests.pop()
+        found.append(page.evaluate("loaded"))
         opened.assert_quiet()
-        return text, off
+        return found
 
     plain = shown(write_report(shared.read()))
     monkeypatch.setattr("tadistill.report.page._LONG", 0)
     assert shown(write_report(shared.read())) == plain
-    assert plain[1] > 10
+    assert plain[0] > 10
+
+
+def test_every_kind_of_packed_block_is_unpacked(browser, tmp_path):
+    """DEFLATE has stored blocks, blocks with its own code, and blocks with codes of their own."""
+    random = Random(1)
+    texts = [
+        "",
+        "é",
+        "a" * 70_000,
+        "".join(random.choices("abcdefgh–é\u4e2d😀", k=100_000)),
+        "".join(map(chr, random.choices(range(32, 127), k=99))),
+    ]
+    script = (files("tadistill.report") / "templates" / "unpack.js").read_text(encoding="utf-8")
+    for level, strategy in (
+        (0, zlib.Z_DEFAULT_STRATEGY),
+        (9, zlib.Z_FIXED),
+        (1, zlib.Z_DEFAULT_STRATEGY),
+        (9, zlib.Z_HUFFMAN_ONLY),
+        (9, zlib.Z_RLE),
+    ):
+        calls = ""
+        for text in texts:
+            packing = zlib.compressobj(level, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+            packed = packing.compress(escape(text).encode()) + packing.flush()
+            calls += f'<p><script>unpack("{base64.b64encode(packed).decode()}", {len(escape(text).encode())})</script></p>'
+        (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8><script>{script}</script>{calls}", encoding="utf-8")
+        opened = Opened(browser, tmp_path / "page.html")
+        assert opened.page.locator("p").all_text_contents() == texts
+        opened.assert_quiet()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
