@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 OWNED = ("TADISTILL_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "SLURM_", "SBATCH_", "OPENAI_")
 ALSO_OWNED = {
@@ -28,7 +29,7 @@ def own_environment() -> dict[str, str]:
         given = {name: value for name, value in os.environ.items() if name.startswith(OWNED) or name in ALSO_OWNED}
         for name in given:
             del os.environ[name]
-        if folder := in_memory():
+        if "TMPDIR" not in os.environ and (folder := in_memory()):
             os.environ["TMPDIR"] = tempfile.tempdir = folder
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # of a background job (`make test &` in a script)
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,9 +53,11 @@ def in_memory() -> str | None:
     """
     try:
         found = os.statvfs(MEMORY)
-    except (AttributeError, OSError):  # not on this system
+        memory = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    except (AttributeError, OSError, StopIteration):  # not on this system
         return None
-    return MEMORY if found.f_bavail * found.f_frsize >= ROOM and not found.f_flag & os.ST_NOEXEC else None
+    room = min(found.f_bavail * found.f_frsize, 1024 * int(memory.split()[1]) // 2)
+    return MEMORY if room >= ROOM and not found.f_flag & os.ST_NOEXEC else None
 
 
 USER = own_environment()

@@ -5,6 +5,7 @@ program hands its arguments, environment, folder and open files to the server, w
 and ends as the job ends. If it is killed, the job is, too. The test of chained jobs uses the real Python.
 """
 
+import ctypes
 import json
 import logging.config
 import multiprocessing
@@ -24,6 +25,7 @@ from accelerate.state import AcceleratorState
 from submitit.core import logger
 from tests.e2e import forked
 
+_PR_SET_PDEATHSIG = 1
 JOB = ["-u", "-m", "submitit.core._submit"]
 PROGRAM = """#!{python} -SE
 import contextlib, json, os, signal, socket, sys
@@ -66,6 +68,7 @@ def python(folder: Path) -> Iterator[str]:
 def _serve(listener: socket.socket) -> NoReturn:
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # a killed pytest ends it too
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # its children are waited for by nobody
     while True:
         connection, _ = listener.accept()
