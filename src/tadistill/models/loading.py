@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
-from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -269,10 +267,6 @@ def _layers(unexpected: Collection[str]) -> list[str]:
 
 # --- GGUF ---------------------------------------------------------------------------------------------------------------
 
-_GGUF = Version("5.23")
-"""The first version of transformers that reads the tokenizers of GGUF files well. In 5.18 to 5.22, Gemma's has no BOS. In 5.8, pad tokens
-are lost, and Gemma's words are split into letters."""
-
 
 def convert_gguf(file: Path, directory: Path) -> None:
     """Convert a GGUF file to a Hugging Face directory with model and tokenizer. `sources.fetch` calls this function once per file.
@@ -282,13 +276,8 @@ def convert_gguf(file: Path, directory: Path) -> None:
     field `quantization_config`.
 
     Raises:
-        ModelError: the `gguf` package is missing, transformers is too old, the architecture is not supported, or the file is damaged.
+        ModelError: the `gguf` package is missing, the architecture is not supported, or the file is damaged.
     """
-    if Version(transformers.__version__) < _GGUF:
-        raise ModelError(
-            f"GGUF file `{file.name}` needs transformers {_GGUF} or newer, because version {transformers.__version__}, which is installed, "
-            "splits text wrongly; run `pip install --upgrade transformers`, or use the model's hub id"
-        )
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     # stderr is hidden, because tqdm shows a progress bar whatever transformers' settings are; errors are raised as exceptions
     with quiet(), contextlib.redirect_stderr(io.StringIO()):

@@ -5,8 +5,11 @@ import hashlib
 import json
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from packaging.version import Version
 
 from tadistill import disk
 from tadistill.data import hub
@@ -24,6 +27,9 @@ _POINTER = b"version https://git-lfs"
 POINTER = "only a pointer of Git LFS; run `git lfs pull` in its folder to get the file"
 """Text for messages about a file that Git LFS has not downloaded yet."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_GGUF = Version("5.23")
+"""The first version of transformers that reads the tokenizers of GGUF files well. In 5.18 to 5.22, Gemma's has no BOS. In 5.8, pad tokens
+are lost, and Gemma's words are split into letters."""
 
 
 def is_adapter(directory: Path) -> bool:
@@ -41,6 +47,23 @@ def has_weights(adapter: Path) -> bool:
 def is_described(directory: Path) -> bool:
     """Return True if a directory contains the configuration of a model or of a tokenizer."""
     return any((directory / name).is_file() for name in ("config.json", "tokenizer_config.json"))
+
+
+def check_gguf_reader(load: str) -> None:
+    """Check that the installed transformers can convert the GGUF file `load`. An older version does not use a finished conversion either.
+
+    Raises:
+        ModelError: transformers is too old.
+    """
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:  # `tadistill doctor` says so
+        return
+    if Version(installed) < _GGUF:
+        raise ModelError(
+            f"GGUF file `{load}` needs transformers {_GGUF} or newer, because version {installed}, which is installed, splits text "
+            "wrongly; run `pip install --upgrade transformers`, or use the model's hub id"
+        )
 
 
 def complete(directory: Path) -> bool:

