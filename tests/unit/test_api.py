@@ -21,7 +21,7 @@ from tadistill import api
 from tadistill.api.arguments import read_recipe
 from tadistill.config import Evaluate, parse
 from tadistill.config.common import Decoding
-from tadistill.errors import ConfigError, ModelError
+from tadistill.errors import ConfigError, ModelError, StoreError
 from tadistill.evaluation import text_scores
 from tadistill.metrics import METRICS
 
@@ -149,7 +149,7 @@ def test_a_study_keeps_its_model_and_its_page_after_a_later_run(study, runs_here
     shutil.copytree(study.directory.parent, tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     first = tadistill.run(TINY, ["study=api"])
-    own, page = weights(first), first.page.read_bytes()
+    own, page, pickled = weights(first), first.page.read_bytes(), pickle.dumps(first)
     second = tadistill.run(TINY, ["study=api", "models.a.sft.optim.lr=0.1"])
     third = tadistill.run(TINY, ["study=api", "models.a.sft.optim.lr=0.01"])
     assert first.directory.parent == second.directory.parent == tmp_path / "runs" / "api" / "earlier"
@@ -159,6 +159,27 @@ def test_a_study_keeps_its_model_and_its_page_after_a_later_run(study, runs_here
     assert torch.equal(weights(first.directory), own)  # the folder of the earlier report is a study
     assert not torch.equal(weights(second), own)
     assert first.rows == study.rows
+    copy = pickle.loads(pickled)  # made before the later runs
+    assert torch.equal(weights(copy), own)
+    assert copy.directory == first.directory
+    shutil.rmtree(first.directory)
+    with pytest.raises(StoreError, match="has the plan of a later run with other settings, and the plan of this study was not kept; run"):
+        weights(pickle.loads(pickled))
+
+
+@pytest.mark.slow
+def test_a_study_that_another_process_pickled_has_its_own_model_after_a_later_run(study, runs_here, tmp_path):
+    """It was the model of the later run."""
+    shutil.copytree(study.directory.parent, tmp_path / "runs")
+    code = (
+        "import pathlib, pickle, sys, tadistill, torch; study = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()); "
+        "torch.save(tadistill.load_student(study, 'trained')[0].state_dict(), sys.argv[2])"
+    )
+    (tmp_path / "study.pickle").write_bytes(pickle.dumps(tadistill.run(TINY, ["study=api"], runs=tmp_path / "runs")))
+    tadistill.run(TINY, ["study=api", "models.a.sft.optim.lr=0.1"], runs=tmp_path / "runs")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "study.pickle", tmp_path / "weights.pt"], check=True)
+    own, found = tadistill.load_student(study, "trained")[0].state_dict(), torch.load(tmp_path / "weights.pt")
+    assert all(torch.equal(found[name], part) for name, part in own.items())
 
 
 def test_a_study_can_be_used_from_another_directory_and_process(study, runs_here, tmp_path, monkeypatch):

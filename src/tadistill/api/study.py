@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from tadistill.config.evaluate import declare_own_metrics
+from tadistill.errors import StoreError
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan
 from tadistill.report import read_results, summary_table
@@ -38,12 +39,12 @@ class _Shown:
 class Study(_Shown):
     """A study that has run: its arms and its numbers. A notebook shows the study's main result and a table of its arms."""
 
-    def __init__(self, directory: Path, store: Store):
+    def __init__(self, directory: Path, store: Store, evaluations: str | None = None):
         self._home, self._store = directory.absolute(), Store(store.root.absolute())
-        self._evaluations = evaluations_key(self._home)
+        self._evaluations = evaluations or evaluations_key(self._home)
 
-    def __reduce__(self) -> tuple[type["Study"], tuple[Path, Store]]:
-        return Study, (self.directory, self._store)  # a copy in another process reads the same files
+    def __reduce__(self) -> tuple[type["Study"], tuple[Path, Store, str]]:
+        return Study, (self._home, self._store, self._evaluations)  # a copy finds its files after later runs too
 
     @property
     def directory(self) -> Path:
@@ -58,7 +59,13 @@ class Study(_Shown):
 
     @cached_property
     def _read(self) -> Any:
-        return read_results(self.directory, self._store)
+        directory = self.directory
+        found = read_results(directory, self._store)
+        if evaluations_key(directory) != self._evaluations:
+            raise StoreError(
+                f"{directory} has the plan of a later run with other settings, and the plan of this study was not kept; run the study again"
+            )
+        return found
 
     @property
     def _results(self) -> Any:
