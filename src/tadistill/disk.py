@@ -1,11 +1,11 @@
 """Functions for files: digests, atomic writing, and reading of JSON that may be damaged.
 
-A reader never sees an incomplete file. There are four ways to write a file or a folder:
+A reader never sees an incomplete file. There are three ways to write a file or a folder. For a folder that the user
+has named, see `report.model_card.filling`.
 
     write_text, write_json, write_rows      a small file, which several processes may write
     with replacing(path) as temporary:      a large file that only one process writes, such as a training state
     with publishing(target) as temporary:   a file or folder that several processes may create, such as a cache; the first one is kept
-    with filling(folder) as temporary:      a folder that the user has named, which is new or empty
 """
 
 import errno
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 _SAMPLES, _SAMPLE_BYTES = 16, 128 << 10
 _LOCK = ".tadistill.lock"  # in a folder that a process writes
-_ANOTHER = "give the name of a new directory"
-_NEW = ".tadistill.new"  # the files of an existing folder that a process fills
 _OF_A_GPU = ("OutOfMemoryError", "AcceleratorError")  # torch raises these while it copies tensors from a GPU; the file is not the cause
 
 
@@ -190,17 +188,16 @@ def _renamed(temporary: Path, path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def publishing(target: Path, *, alone: bool = False) -> Iterator[Path]:
+def publishing(target: Path, *, alone: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path for a file or folder. It is renamed to `target` when the block ends without an error.
 
     Several processes may create the same target at the same time. The first one is kept, and the others are deleted. With `alone`, the
-    others raise a StoreError. What a killed process has left beside the target is deleted. Raises StoreError if the target cannot be
-    written. Other errors of the block, such as a source that cannot be read, are raised as they are.
+    others raise a StoreError, which names this folder. What a killed process has left beside the target is deleted. Raises StoreError if
+    the target cannot be written. Other errors of the block, such as a source that cannot be read, are raised as they are.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _delete_leftovers(target, prefix := f".{target.name}.{platform.node()}.")  # on some disks, a lock counts only on its own machine
-        work = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=delete_leftovers(target), dir=target.parent))
         lock = _locked(work)
     try:
         try:
@@ -216,7 +213,7 @@ def publishing(target: Path, *, alone: bool = False) -> Iterator[Path]:
                 if not target.is_dir():
                     raise
                 if alone:
-                    raise StoreError(f"{target} is filled by another process, so nothing is written there; {_ANOTHER}") from None
+                    raise filled(alone) from None
     finally:
         with suppress(OSError):  # the target is there, and a disk may lose its locks
             lock.release()
@@ -234,47 +231,23 @@ def _locked(work: Path) -> "FileLock":
     return lock
 
 
-def _delete_leftovers(target: Path, prefix: str) -> None:
+def filled(folder: Path, or_else: str = "") -> StoreError:
+    """Return the StoreError for a folder that only one process may fill. `or_else` is another possible reason."""
+    return StoreError(f"{folder} is filled by another process{or_else}, so nothing is written there; give the name of a new directory")
+
+
+def delete_leftovers(target: Path) -> str:
+    """Delete what killed processes have left beside a target. Returns how the names of temporary folders for it begin."""
     from filelock import FileLock
 
+    prefix = f".{target.name}.{platform.node()}."  # on some disks, a lock counts only on its own machine
     for work in target.parent.glob(glob.escape(prefix) + "?" * 8):
         with suppress(OSError, NotImplementedError):  # a process writes there, or has just ended
             if _LOCK in (names := set(os.listdir(work))) and names <= {_LOCK, target.name}:
                 with FileLock(work / _LOCK).acquire(timeout=0):
                     pass
                 shutil.rmtree(work, ignore_errors=True)
-
-
-@contextmanager
-def filling(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder. `folder`, which is new or empty, has its files when the block ends without an error, and else none.
-
-    What a killed process has left is deleted. Raises ConfigError if `folder` is not empty, and StoreError if another process fills it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is not a directory; {_ANOTHER}")
-    if not folder.exists():
-        with publishing(folder.resolve(), alone=True) as temporary:
-            yield temporary
-        return
-    # the folder itself stays: it may be a mount point or the working directory, which cannot be replaced
-    _move_up(folder / _NEW)  # for a process that was killed while it did so
-    if first := next((path.name for path in folder.iterdir() if not path.name.startswith(f".{_NEW}.")), None):
-        raise ConfigError(f"{folder} is not an empty directory (it has {first}); {_ANOTHER}")
-    with publishing(folder / _NEW) as temporary:
-        if others := {path.name for path in folder.iterdir()} - {temporary.parent.name}:
-            killed = f", or a process killed on another machine has left {min(others)} in it"
-            raise StoreError(f"{folder} is filled by another process{killed}, so nothing is written there; {_ANOTHER}")
-        yield temporary
-    _move_up(folder / _NEW)
-
-
-def _move_up(files: Path) -> None:
-    with writing(files.parent), suppress(FileNotFoundError):
-        for path in sorted(files.iterdir()):
-            with suppress(FileNotFoundError):  # another process, which took this one for killed, moves them too
-                path.rename(files.parent / path.name)
-        files.rmdir()
+    return prefix
 
 
 def _of_writing(error: OSError, folder: Path) -> bool:

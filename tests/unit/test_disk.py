@@ -9,7 +9,6 @@ import pytest
 from tadistill.disk import (
     cache_root,
     digest,
-    filling,
     from_home,
     publishing,
     read_json,
@@ -158,25 +157,6 @@ def test_an_unknown_home_folder_does_not_hide_an_error_of_writing(tmp_path, monk
         raise OSError(28, "No space left on device")
 
 
-def test_a_folder_that_another_process_has_filled_is_said(tmp_path):
-    """The second of two exports into one new folder said that it has written it."""
-    target, said = tmp_path / "new", "new is filled by another process, so nothing is written there; give the name"
-
-    def fill(text: str) -> None:
-        with filling(target) as folder:
-            if text == "second":
-                fill("first")
-            folder.mkdir(exist_ok=True)
-            (folder / "file").write_text(text)
-
-    with pytest.raises(StoreError, match=said):
-        fill("second")
-    with pytest.raises(ConfigError, match=r"new is not an empty directory \(it has file\)"):
-        fill("third")
-    assert (target / "file").read_text() == "first"
-    assert os.listdir(tmp_path) == ["new"]
-
-
 def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
     target, process = tmp_path / "a[1]", os.fork()
     if not process:
@@ -203,47 +183,6 @@ def test_what_a_killed_process_has_left_is_deleted_by_the_next(tmp_path):
         second.mkdir()
         first.mkdir()
     assert {*tmp_path.iterdir()} == {*others, target}
-
-
-def test_only_one_process_fills_an_empty_folder(tmp_path):
-    """The files of two exports into one empty folder were mixed, and if one of them failed, those of both were deleted."""
-    with filling(tmp_path) as folder:
-        with pytest.raises(StoreError, match=r"is filled by another process, .* has left \.\.tadistill\.new\.\S+ in it"), filling(tmp_path):
-            pass
-        folder.mkdir()
-        (folder / "file").touch()
-    assert os.listdir(tmp_path) == ["file"]
-    with pytest.raises(ConfigError, match=r"is not an empty directory \(it has file\)"), filling(tmp_path):
-        pass
-    assert os.listdir(tmp_path) == ["file"]
-
-
-@pytest.mark.parametrize("killed", ["while it writes", "while it moves the files"])
-def test_a_killed_process_leaves_an_empty_folder_as_it_was(tmp_path, monkeypatch, killed):
-    """It left its files there, and the next export into this folder refused them."""
-    if not (process := os.fork()):
-        try:
-            with filling(tmp_path) as folder:
-                for name in ("a", "b"):
-                    folder.mkdir(exist_ok=True)
-                    (folder / name).write_text(name)
-                    if killed == "while it writes":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                monkeypatch.setattr("pathlib.Path.rmdir", lambda path: os.kill(os.getpid(), signal.SIGKILL))
-        finally:
-            os._exit(1)  # else this process would go on with the tests
-    os.waitpid(process, 0)
-    if killed == "while it writes":
-        assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-        with filling(tmp_path) as folder:
-            folder.mkdir()
-            (folder / "c").touch()
-        assert os.listdir(tmp_path) == ["c"]
-        return
-    (tmp_path / "b").rename(tmp_path / ".tadistill.new" / "b")  # as if it was killed between two files
-    with pytest.raises(ConfigError, match=r"is not an empty directory"), filling(tmp_path):
-        pass
-    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_what_a_process_on_another_machine_writes_is_not_deleted(tmp_path, monkeypatch):
