@@ -169,7 +169,11 @@ def test_a_noun_has_the_form_that_its_number_needs():
 
 
 @pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (37.8e6, "37.8 MB"), (1.93e9, "1.9 GB"), (2e13, "20.0 TB")]
+    ("count", "text"),
+    [
+        *((0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (37.8e6, "37.8 MB"), (1.93e9, "1.9 GB"), (2e13, "20.0 TB")),
+        *((999.4, "999 B"), (999.7, "1.0 kB"), (999.94e6, "999.9 MB"), (999.96e6, "1.0 GB"), (999.96e9, "1.0 TB")),
+    ],
 )
 def test_sizes_are_in_the_unit_that_fits(count, text):
     assert size(count) == text
