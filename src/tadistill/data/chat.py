@@ -6,24 +6,23 @@ answer. This module reports the first two cases, and adds a missing start.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from tadistill.data.chat_jinja import THINKING, attempted, compiled, text_of
 from tadistill.errors import DataError, ModelError, did_you_mean
 
 if TYPE_CHECKING:
-    from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER, _DATE = "an answer 7919", "a date 7919"  # texts that no template contains
 _MARK = re.compile(r"\b(text|call|tool)_(\d+)_(\d+)_7919\b")  # in place of a message's text, or the name of a call or a tool
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag that transformers adds to Jinja; it marks what the model wrote
 _START, _END = "\ufdd0", "\ufdd1"  # around a marked part; Unicode noncharacters, which no text contains
-THINKING = ("reasoning_content", "thinking", "reasoning")
-"""Possible names of the field with a message's thinking, as in transformers."""
+THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+"""Thinking at the beginning of a text, in tags."""
 
 
 def render(
@@ -68,7 +67,7 @@ def written(
 
     roles = tuple(str(m.get("role")) for m in messages)
     try:
-        return _text(template_for(tokenizer, tools), messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, prompt=prompt)
+        return text_of(template_for(tokenizer, tools), messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, prompt=prompt)
     except TemplateSyntaxError as error:
         raise ModelError(
             f"the chat template of the tokenizer {tokenizer.name_or_path} is not valid Jinja (line {error.lineno}: {error.message}); "
@@ -95,7 +94,7 @@ def marked(
     if not _GENERATION.search(template):
         return None
     found, length = list[tuple[int, int]](), 0
-    text = _text(template, messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, marks=(_START, _END))
+    text = text_of(template, messages, {**tokenizer.special_tokens_map, **(settings or {})}, tools, marks=(_START, _END))
     for piece in re.split(f"({_START}.*?{_END})", text, flags=re.DOTALL):
         inside = piece.startswith(_START)
         size = len(piece) - 2 * inside
@@ -121,9 +120,22 @@ def check_settings(tokenizer: "PreTrainedTokenizerBase", settings: Mapping[str, 
             )
 
 
-def thinking(message: Mapping[str, Any]) -> str | None:
-    """Return the thinking of a message, if it is in one of the fields `THINKING`. Otherwise return None."""
-    return next((message[name] for name in THINKING if message.get(name) is not None), None)
+def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without its thinking, in fields and at the beginning of its text."""
+    kept = {name: value for name, value in message.items() if name not in THINKING}
+    content = kept.get("content")
+    if isinstance(content, str) and THOUGHT.match(content):
+        kept["content"] = THOUGHT.sub("", content, count=1)
+    return kept
+
+
+def missing(part: str, turn: int, where: str) -> DataError:
+    """Return the error about a part of a message that the chat template leaves out: "the text", "the thinking" or a call."""
+    drop = "set data.thinking: drop, " if part == "the thinking" else ""
+    return DataError(
+        f"{where}: the tokenizer's chat template leaves out {part} of turn {turn + 1} of `messages`; use a tokenizer with another "
+        f"template, {drop}or delete the row"
+    )
 
 
 def called(functions: Seq[Mapping[str, Any]]) -> list[str]:
@@ -231,7 +243,7 @@ def _check_parts(
             fix = "use a tokenizer whose template writes tools, or remove `tools` from `columns` of the data set"
         elif names:
             part = f"call of `{names[number]}`" if kind == "call" else "text"
-            what, fix = f"the {part} of turn {turn + 1} of `messages`", "use a tokenizer with another template, or delete the row"
+            raise missing(f"the {part}", turn, where)
         raise DataError(f"{where}: the tokenizer's chat template leaves out {what}; {fix}")
 
 
@@ -254,7 +266,7 @@ def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
     # kind, turn and number of each mark that the template leaves out; `given` has messages, tools and variables as JSON
     messages, tools, variables = json.loads(given)
     try:
-        text = _text(template, messages, variables, tools, prompt=True).lower()
+        text = text_of(template, messages, variables, tools, prompt=True).lower()
     except Exception:  # a template may refuse the marks
         return []
     marks = _MARK.finditer(json.dumps([messages, tools]))
@@ -262,11 +274,7 @@ def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
 
 
 def _rendered(template: str | None, turns: Seq[tuple[str, str]], variables: Mapping[str, Any], prompt: bool) -> str | None:
-    messages = [{"role": role, "content": text} for role, text in turns]
-    try:
-        return _text(template or "", messages, variables, prompt=prompt)
-    except Exception:  # a template may raise any error; `render` reports it for a row of the data
-        return None
+    return attempted(template or "", [{"role": role, "content": text} for role, text in turns], variables, prompt=prompt)
 
 
 @lru_cache
@@ -274,77 +282,7 @@ def _variables(template: str) -> frozenset[str]:
     from jinja2 import TemplateError, meta
 
     try:
-        environment = _compiled("", ("", "")).environment
+        environment = compiled("").environment
         return frozenset(meta.find_undeclared_variables(environment.parse(template)))
     except TemplateError:  # `render` reports the error
         return frozenset()
-
-
-def _text(
-    template: str,
-    messages: Seq[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    tools: Seq[Mapping[str, Any]] = (),
-    *,
-    prompt: bool = False,
-    marks: tuple[str, str] = ("", ""),
-) -> str:
-    # the same text as from `apply_chat_template` of transformers, with `marks` around each part that the template marks
-    plain = [_with_thinking({name: value for name, value in message.items() if value is not None}) for message in messages]
-    given: dict[str, Any] = {"tools": [*tools] or None, "documents": None, **variables}
-    return _compiled(template, marks).render(messages=plain, add_generation_prompt=prompt, **given)
-
-
-def _with_thinking(message: dict[str, Any]) -> dict[str, Any]:
-    thought = thinking(message)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
-
-
-@lru_cache
-def _compiled(template: str, marks: tuple[str, str]) -> "Template":
-    import jinja2.ext  # not transformers: planning must start quickly
-    from jinja2.exceptions import SecurityError
-    from jinja2.nodes import CallBlock
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Marks(jinja2.ext.Extension):
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
-
-        def mark(self, caller: Callable[[], str]) -> str:
-            return f"{marks[0]}{caller()}{marks[1]}"
-
-    class Names(Namespace):  # anybody may write a template: names of Python's own attributes stay closed
-        def __init__(*given: Any, **named: Any) -> None:  # without `self`, which a template may use as a name
-            Namespace.__init__(given[0])  # type: ignore[arg-type]
-            for name, value in dict(*given[1:], **named).items():
-                given[0][name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if str(name).startswith("_"):
-                raise SecurityError(f"a namespace of a chat template cannot have the name {name!r}, because it begins with `_`")
-            super().__setitem__(name, value)
-
-    class Dicts:  # `dict` without the other attributes of the class
-        def __call__(self, *given: Any, **named: Any) -> dict[Any, Any]:
-            return dict(*given, **named)
-
-        def fromkeys(self, *given: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*given)
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def as_json(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, jinja2.ext.loopcontrols])
-    environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    environment.globals |= {"dict": Dicts(), "namespace": Names}
-    environment.filters["tojson"] = as_json
-    return environment.from_string(template)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config.method_parts import TeacherContext
-from tadistill.data import chat
+from tadistill.data.chat_jinja import thinking
 from tadistill.data.encoding_rules import Counts, Rules, limit_key, nothing_left
 from tadistill.data.prompts import in_chat, render_for_teacher, written_by_template
 from tadistill.data.rows import Example, place
@@ -329,7 +329,7 @@ def _texts(example: Example) -> Iterator[str]:
     yield from example.references[:1]
     for message in (*example.messages, example.last):
         yield str(message.get("content") or "")
-        yield chat.thinking(message) or ""
+        yield thinking(message) or ""
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str], *, plain: bool = False) -> list[list[int]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tadistill.config.method_parts import TeacherContext
 from tadistill.data import chat
+from tadistill.data.chat_jinja import thinking
 from tadistill.data.rows import Example
 from tadistill.errors import DataError, ModelError
 
@@ -97,7 +98,7 @@ def for_people(message: Mapping[str, Any]) -> dict[str, str]:
     arguments = (call.get("arguments", "") for call in calls)
     said = (given if isinstance(given, str) else json.dumps(given, ensure_ascii=False) for given in arguments)
     lines = [text] * bool(text) + [f"calls {call.get('name')}({given})" for call, given in zip(calls, said, strict=True)]
-    thought = str(chat.thinking(message) or thought).strip()
+    thought = str(thinking(message) or thought).strip()
     return {"role": message["role"], "text": "\n".join(lines)} | ({"thinking": thought} if thought else {})
 
 

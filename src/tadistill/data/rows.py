@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tadistill.config import DataRef
-from tadistill.data import chat, tinyworld
+from tadistill.data import tinyworld
 from tadistill.data.answers import RULES, as_text
+from tadistill.data.chat_jinja import THINKING
 from tadistill.errors import DataError
 
 Facts = tuple[tuple[str, tuple[str, ...]], ...]
@@ -215,7 +216,7 @@ def _turn(turn: dict[str, Any], what: str, where: str) -> dict[str, Any]:
             f"{where}: `tool_calls` of {what} is {shown(calls)}; write a list of calls, as in "
             '[{"type": "function", "function": {"name": "…", "arguments": {…}}}], or delete the row'
         )
-    for name in chat.THINKING:
+    for name in THINKING:
         if not isinstance(turn.get(name), str | None):
             raise DataError(f"{where}: `{name}` of {what} is {shown(turn[name])}; write a string or null, or delete the row")
     _check_unicode(json.dumps(turn, ensure_ascii=False, default=str), what, where)

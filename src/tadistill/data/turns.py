@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import chat
+from tadistill.data.chat_jinja import thinking
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.prompts import OPEN, before_answer, check_template, in_chat, render, split_thought
 from tadistill.data.rows import Example
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """The usual roles of messages."""
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _REST = re.compile(r".*?</think>\s*", re.DOTALL)  # the rest of a thought that begins in the prompt
 
 
@@ -46,18 +46,10 @@ class Turn:
 
 def without_thinking(example: Example) -> Example:
     """Return the example without the thinking of the assistant, in its messages and its references."""
-    answer = _without(example.last) if example.last else example.last
-    references = tuple(_THOUGHT.sub("", text, count=1) if _THOUGHT.match(text) else text for text in example.references)
-    messages = tuple(_without(m) if m.get("role") == "assistant" else m for m in example.messages)
+    answer = chat.without_thinking(example.last) if example.last else example.last
+    references = tuple(chat.THOUGHT.sub("", text, count=1) if chat.THOUGHT.match(text) else text for text in example.references)
+    messages = tuple(chat.without_thinking(m) if m.get("role") == "assistant" else m for m in example.messages)
     return replace(example, messages=messages, last=answer, references=references)
-
-
-def _without(message: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in message.items() if name not in chat.THINKING}
-    content = kept.get("content")
-    if isinstance(content, str) and _THOUGHT.match(content):
-        kept["content"] = _THOUGHT.sub("", content, count=1)
-    return kept
 
 
 def unlearnt(example: Example, rules: Rules) -> bool:
@@ -65,7 +57,7 @@ def unlearnt(example: Example, rules: Rules) -> bool:
     thinking that is in a field of its own."""
     if rules.turns != "answer" or not in_chat(example, rules.template):
         return False
-    return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(chat.thinking(example.last)))
+    return bool(example.last.get("tool_calls")) or (rules.thinking != "drop" and bool(thinking(example.last)))
 
 
 def has_unknown_role(example: Example, tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -149,7 +141,7 @@ class TurnReader:
     def _turn(self, prompt: str, answer: str, end: int, hidden: str = "") -> Turn:
         if self.rules.thinking == "mask":
             opened = (prompt + hidden).rstrip().endswith(OPEN)
-            thought = (_REST if opened else _THOUGHT).match(answer)
+            thought = (_REST if opened else chat.THOUGHT).match(answer)
             if thought:
                 hidden, answer = hidden + thought[0], answer[thought.end() :]
         return Turn(prompt, answer, end, hidden)
@@ -181,20 +173,17 @@ def _check_order(messages: Seq[Mapping[str, Any]], where: str, *, first: bool) -
 
 def _check_written(message: Mapping[str, Any], place: int, turn: Turn, where: str) -> None:
     # a template that does not know a part of a message leaves it out without an error
-    said, content = turn.hidden + turn.answer, _without(message).get("content")
-    thought = chat.thinking(message) or split_thought(str(message.get("content") or ""))[0]
+    said, content = turn.hidden + turn.answer, chat.without_thinking(message).get("content")
+    thought = thinking(message) or split_thought(str(message.get("content") or ""))[0]
     missing = [f"the call of `{name}`" for name in chat.called(message.get("tool_calls") or ()) if name not in said]
     missing += ["the thinking"] if thought.strip() not in said else []
     missing += ["the text"] if str(content or "").strip() not in said else []
     if missing:
-        raise DataError(
-            f"{where}: the tokenizer's chat template leaves out {missing[0]} of turn {place + 1} of `messages`; use a tokenizer with "
-            f"another template, {'set data.thinking: drop, ' if missing[0] == 'the thinking' else ''}or delete the row"
-        )
+        raise chat.missing(missing[0], place, where)
 
 
 def _unverified(place: int, message: Mapping[str, Any], where: str) -> DataError:
-    drop = "set data.thinking: drop, or " if chat.thinking(message) or _THOUGHT.match(str(message.get("content") or "")) else ""
+    drop = "set data.thinking: drop, or " if thinking(message) or chat.THOUGHT.match(str(message.get("content") or "")) else ""
     return DataError(
         f"{where}: the tokenizer's chat template does not write turn {place + 1} of `messages` after the template's own generation prompt, "
         f"so it is unknown where the answer begins; {drop}use a tokenizer whose template marks answers with {{% generation %}}, or "
