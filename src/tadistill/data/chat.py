@@ -233,8 +233,7 @@ def _header(template: str | None, specials: tuple[tuple[str, str], ...]) -> str:
 def _check_parts(
     messages: Seq[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str, tools: Seq[Any], settings: Mapping[str, Any]
 ) -> None:
-    marked, variables = [_with_marks(message, i) for i, message in enumerate(messages)], {**tokenizer.special_tokens_map, **settings}
-    given = marked, _renamed(tools, "tool_0"), variables
+    given = _with_marks(messages), _renamed(tools, "tool", 0), {**tokenizer.special_tokens_map, **settings}
     for kind, turn, number in _left_out(template_for(tokenizer, tools), json.dumps(given, default=str)):
         names, role = called(messages[turn].get("tool_calls") or ()), messages[turn].get("role")
         what, fix = f"the turn of role `{role}`", "move its text into a user's turn, or use a tokenizer with another template"
@@ -242,35 +241,62 @@ def _check_parts(
             what = f"the tool `{called([tools[number]])[0]}`"
             fix = "use a tokenizer whose template writes tools, or remove `tools` from `columns` of the data set"
         elif names:
-            part = f"call of `{names[number]}`" if kind == "call" else "text"
-            raise missing(f"the {part}", turn, where)
+            raise missing(f"the call of `{names[number]}`" if kind == "call" else "the text", turn, where)
         raise DataError(f"{where}: the tokenizer's chat template leaves out {what}; {fix}")
 
 
-def _with_marks(message: Mapping[str, Any], turn: int) -> dict[str, Any]:
-    # marks in place of the text, and of the names of called functions; a template may read other fields, such as the id of a call
-    found, calls = {**message, **{name: "a thought" for name in THINKING if message.get(name)}}, message.get("tool_calls") or ()
-    if message.get("content") or not calls:  # some templates write calls only if there is no text
-        found["content"] = f"text_{turn}_0_7919"
-    return found | ({"tool_calls": _renamed(calls, f"call_{turn}")} if calls else {})
+def _with_marks(messages: Seq[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    # marks in place of texts, and of the names, arguments and ids of calls; a template may read other fields
+    found, ids = list[dict[str, Any]](), dict[str, str]()
+    for turn, message in enumerate(messages):
+        calls = message.get("tool_calls") or ()
+        changed: dict[str, Any] = {name: "a thought" for name in THINKING if message.get(name)}
+        if message.get("content") or not calls:  # some templates write calls only if there is no text
+            changed["content"] = f"text_{turn}_0_7919"
+        if calls:
+            changed["tool_calls"] = _renamed(calls, "call", turn)
+            ids |= {str(call["id"]): _id(turn, i) for i, call in enumerate(calls) if call.get("id")}
+        if message.get("tool_call_id"):
+            changed["tool_call_id"] = ids.get(str(message["tool_call_id"]), "000007919")
+        found.append({**message, **changed})
+    return found
 
 
-def _renamed(functions: Seq[Mapping[str, Any]], mark: str) -> list[dict[str, Any]]:
-    # tools or tool calls with marks in place of their names
-    marks = [{"name": f"{mark}_{i}_7919"} if called([each]) else {} for i, each in enumerate(functions)]
-    return [{**f, **({"function": f["function"] | m} if m and "function" in f else m)} for f, m in zip(functions, marks, strict=True)]
+def _id(turn: int, number: int) -> str:
+    return f"7919{turn:03}{number:02}"  # nine digits: Mistral's templates accept no other length
+
+
+def _renamed(functions: Seq[Mapping[str, Any]], kind: str, turn: int) -> list[dict[str, Any]]:
+    # tools or tool calls with marks in place of their names, and of the ids and the values of arguments of calls
+    found = list[dict[str, Any]]()
+    for i, each in enumerate(functions):
+        inner = each.get("function", each)
+        changed = {"name": f"{kind}_{turn}_{i}_7919"} if called([each]) else {}
+        if kind == "call" and isinstance(arguments := inner.get("arguments"), str | Mapping):
+            marks = dict.fromkeys(arguments if isinstance(arguments, Mapping) else ("a",), f"given_{turn}_{i}_7919")
+            changed |= {"arguments": json.dumps(marks) if isinstance(arguments, str) else marks}
+        outer = {"id": _id(turn, i)} if kind == "call" and each.get("id") else {}
+        found.append({**each, **outer} | ({"function": {**inner, **changed}} if changed and "function" in each else changed))
+    return found
 
 
 @lru_cache(maxsize=1024)
 def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
     # kind, turn and number of each mark that the template leaves out; `given` has messages, tools and variables as JSON
     messages, tools, variables = json.loads(given)
-    try:
-        text = text_of(template, messages, variables, tools, prompt=True).lower()
-    except Exception:  # a template may refuse the marks
+    text = attempted(template, messages, variables, tools, prompt=True)
+    if text is None:  # a template may refuse the marks
         return []
-    marks = _MARK.finditer(json.dumps([messages, tools]))
-    return [(mark[1], int(mark[2]), int(mark[3])) for mark in marks if mark[0] not in text]
+    text = text.lower()  # a template may write names in capitals
+    source, found = json.dumps([messages, tools]), list[tuple[str, int, int]]()
+    for mark in _MARK.finditer(source):
+        kind, turn, number = mark[1], int(mark[2]), int(mark[3])
+        written = mark[0] in text
+        if kind == "call":  # Kimi K2 Thinking's writes the id alone; without the arguments, the id is that of a tool's answer
+            arguments = f"given_{turn}_{number}_7919"
+            written |= _id(turn, number) in text and (arguments in text or arguments not in source)
+        found += [] if written else [(kind, turn, number)]
+    return found
 
 
 def _rendered(template: str | None, turns: Seq[tuple[str, str]], variables: Mapping[str, Any], prompt: bool) -> str | None:

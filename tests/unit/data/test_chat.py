@@ -89,6 +89,51 @@ def test_the_template_for_tools_is_the_one_that_is_checked():
     assert "be brief" in chat.render([SYSTEM, USER], tokenizer, "row 7", tools)
 
 
+def called(number: int = 0, **more: object) -> list:
+    """A question, a call whose id and argument have this number, and the answer of the tool."""
+    call = {"id": f"call{number:05}", "type": "function", "function": {"name": "weather", "arguments": {"city": f"Oslo {number}"}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return [USER, answer | more, {"role": "tool", "content": f"-{number}", "tool_call_id": call["id"]}]
+
+
+TOLD = "{% else %}{{ m.content }}{% if m.tool_call_id %} from {{ m.tool_call_id }}{% endif %}{% endif %};{% endfor %}"
+BY_ID = (
+    "{% for m in messages %}{% if m.tool_calls %}{% for c in m.tool_calls %}{{ c.id }}{{ c.function.arguments | tojson }}{% endfor %}"
+    + TOLD
+)
+"""It writes the id of a call and not the function's name, as the template of Kimi K2 Thinking."""
+NINE = "{% for m in messages if m.tool_call_id and m.tool_call_id | length != 9 %}{{ raise_exception('id') }}{% endfor %}"
+KNOWN = (
+    "{% for m in messages if m.tool_calls %}{% for c in m.tool_calls if c.id not in messages | map(attribute='tool_call_id') %}"
+    "{{ raise_exception('no answer') }}{% endfor %}{% endfor %}"
+)
+"""Rules for ids in templates, such as those of Mistral and Gemma 4."""
+
+
+def test_a_call_is_written_if_its_id_is():
+    assert chat.render(called(), byte_tokenizer(BY_ID), "row 7") == 'hi;call00000{"city": "Oslo 0"};-0 from call00000;'
+    text = called()
+    text[1]["tool_calls"][0]["function"]["arguments"] = "{}"
+    assert chat.render(text, byte_tokenizer(BY_ID), "row 7").startswith('hi;call00000"{}";')
+
+
+@pytest.mark.parametrize("rule", ["", NINE, KNOWN])
+def test_the_id_in_the_answer_of_a_tool_is_not_the_call(rule):
+    left_out = rule + "{% for m in messages %}{% if m.tool_calls %}{{ m.content }}" + TOLD
+    with pytest.raises(DataError, match="row 7: the tokenizer's chat template leaves out the call of `weather` of turn 2"):
+        chat.render(called(), byte_tokenizer(left_out), "row 7")
+    assert "call00000" in chat.render(called(), byte_tokenizer(rule + BY_ID), "row 7")
+
+
+def test_rows_of_one_shape_are_checked_once(monkeypatch):
+    tokenizer, run = byte_tokenizer("{# once #}" + BY_ID), []
+    monkeypatch.setattr(chat, "attempted", lambda *given, real=chat.attempted, **more: run.append(given) or real(*given, **more))
+    chat.render(called(), tokenizer, "row 0")
+    first = len(run)
+    texts = [chat.render(called(i, reasoning_content=f"hm {i}"), tokenizer, "row 1") for i in range(5)]
+    assert (first, len(run), len(set(texts))) == (4, 5, 5)  # three for the start of an answer; thinking is another shape
+
+
 def test_a_row_is_named_with_the_templates_own_words():
     rows = [Example("", "", ("yo",), messages=(USER,)), Example("", "", ("yo",), messages=(SYSTEM, USER))]
     with pytest.raises(DataError, match=r"data set `d`, row 2: .*System role not supported"):
