@@ -235,6 +235,20 @@ def test_a_loaded_model_has_the_scores_of_its_study(study):
 
 
 @pytest.mark.parametrize(
+    ("thinking", "expected"), [("drop", "red"), ("keep", "<think>it is</think>red"), ("mask", "<think>it is</think>red")]
+)
+def test_a_loaded_model_is_compared_with_the_references_of_a_study(study, tmp_path, monkeypatch, thinking, expected):
+    """With `thinking: drop`, the references still had their thinking."""
+    rows, compared = tmp_path / "rows.jsonl", []
+    rows.write_text('{"instruction": "what is it ?", "output": "<think>it is</think>red"}\n', encoding="utf-8")
+    monkeypatch.setattr(text_scores, "rouge_l", lambda answers, references: compared.extend(references) or [0.0] * len(answers))
+    model, tokenizer = tadistill.load_student(study, "trained")
+    data, decoding = {"template": "plain", "thinking": thinking}, {"seeds": [1], "max_new_tokens": 4}
+    tadistill.evaluate(model, tokenizer, rows, settings=decoding, data=data)
+    assert compared == [(expected,)]
+
+
+@pytest.mark.parametrize(
     ("on", "arguments", "said"),
     [
         ({"load": "x", "world": {}}, {}, "tadistill.evaluate: `on.0.world` is not a known key; did you mean `data.world`?"),

@@ -55,7 +55,7 @@ def evaluate(
         ConfigError: an argument is wrong, for instance the name of a model instead of a loaded model.
     """
     from tadistill.data import datasets
-    from tadistill.data.encoding import EvalSet, adds_bos, encode
+    from tadistill.data.encoding import adds_bos, encoded_set
     from tadistill.data.encoding_rules import Rules
     from tadistill.evaluation.token_scores import Subject, unknown_text
     from tadistill.models.forward import evaluating
@@ -76,8 +76,8 @@ def evaluate(
     with evaluating(model):
         for ref in of_data.test:
             examples = datasets.load(ref, "test", of_data)
-            encoded, counts = encode(examples, tokenizer, rules, name=ref.name)
-            of_set, per_byte = EvalSet(ref.name, examples, encoded), rules if decoding.bits_per_byte else None
+            of_set, counts = encoded_set(ref.name, examples, tokenizer, rules)
+            per_byte = rules if decoding.bits_per_byte else None
             for text in (f"{ref.name}: {counts.text}" if counts.text else "", unknown_text(of_set, tokenizer) if per_byte else ""):
                 if text:
                     warnings.warn(text, stacklevel=2)

@@ -79,6 +79,15 @@ def as_one(sets: Seq[EvalSet]) -> EvalSet:
     return EvalSet(" + ".join(each.name for each in sets), [*itertools.chain(*(each.examples for each in sets))], encoded)
 
 
+def encoded_set(
+    name: str, examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, called: str = ""
+) -> tuple[EvalSet, Counts]:
+    """Return a data set with its token ids, and the counts of `encode`. With `data.thinking: drop`, its examples have no thinking either,
+    because scores compare answers with them. Messages name the set as `called`."""
+    encoded, counts = encode(examples, tokenizer, rules, name=called or name)
+    return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, encoded), counts
+
+
 def encode(
     examples: Seq[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", rows: Seq[int] | None = None
 ) -> tuple[list[Encoded], Counts]:

@@ -15,12 +15,11 @@ from tadistill import rng
 from tadistill.config.common import DTYPES
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.datasets import SplitRows
-from tadistill.data.encoding import Counts, EvalSet, encode
+from tadistill.data.encoding import Counts, EvalSet, encoded_set
 from tadistill.data.encoding_rules import Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE, texts
 from tadistill.data.token_cache import keep
-from tadistill.data.turns import without_thinking
 from tadistill.disk import write_json
 from tadistill.errors import Interrupted, check_unchanged, unchanged
 from tadistill.evaluation.token_scores import Subject
@@ -237,8 +236,8 @@ class Context(Generic[AnySpec]):
                 self.counts[split.role, name] = kept.counts
                 return EvalSet(name, (), kept.rows)
             examples = rows.read()
-        found, self.counts[split.role, name] = encode(examples, tokenizer, rules, name=called)
-        return EvalSet(name, [*map(without_thinking, examples)] if rules.thinking == "drop" else examples, found)
+        found, self.counts[split.role, name] = encoded_set(name, examples, tokenizer, rules, called=called)
+        return found
 
     def dev(self, dev: Dev, tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[float, EvalSet]]:
         """Load the dev sets. Return the weight and the rows of each set, by its name. A mean over the sets uses the weights (sum 1)."""
