@@ -241,7 +241,8 @@ def _check_parts(
             what = f"the tool `{called([tools[number]])[0]}`"
             fix = "use a tokenizer whose template writes tools, or remove `tools` from `columns` of the data set"
         elif names:
-            raise missing(f"the call of `{names[number]}`" if kind == "call" else "the text", turn, where)
+            text = "the text" if str(without_thinking(messages[turn]).get("content") or "").strip() else "the thinking"
+            raise missing(f"the call of `{names[number]}`" if kind == "call" else text, turn, where)
         raise DataError(f"{where}: the tokenizer's chat template leaves out {what}; {fix}")
 
 
@@ -251,7 +252,7 @@ def _with_marks(messages: Seq[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for turn, message in enumerate(messages):
         calls = message.get("tool_calls") or ()
         changed: dict[str, Any] = {name: "a thought" for name in THINKING if message.get(name)}
-        if message.get("content") or not calls:  # some templates write calls only if there is no text
+        if str(message.get("content") or "").strip() or not calls:  # some templates write calls only if there is no text
             changed["content"] = f"text_{turn}_0_7919"
         if calls:
             changed["tool_calls"] = _renamed(calls, "call", turn)
@@ -295,6 +296,8 @@ def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
         if kind == "call":  # Kimi K2 Thinking's writes the id alone; without the arguments, the id is that of a tool's answer
             arguments = f"given_{turn}_{number}_7919"
             written |= _id(turn, number) in text and (arguments in text or arguments not in source)
+        elif kind == "text" and messages[turn].get("tool_calls"):  # gpt-oss's drops it like thinking, as soon as an answer follows
+            written = written or mark[0] in (attempted(template, messages[: turn + 1], variables, tools) or "").lower()
         found += [] if written else [(kind, turn, number)]
     return found
 

@@ -274,6 +274,31 @@ def test_a_template_may_write_the_answers_of_tools_behind_their_call():
     assert learnt(talk, LATER, family=CHATML, turns="last") == [by_hand(tokenizer, *whole)]
 
 
+@pytest.mark.parametrize(("said", "thinking"), [("\n\n", "keep"), (" ", "mask"), ("<think>Maps.</think>\n\n", "drop")])
+def test_white_space_beside_a_call_is_no_text(said, thinking):
+    talk = [TALK[0], {"role": "assistant", "content": said, "tool_calls": [CALL]}, *LOOKED_UP[2:]]
+    whole = f"<|im_start|>user\nWhere is Oslo?{IM}assistant\nweather: -3{IM}assistant\n", "Yes, it is.<|im_end|>"
+    found = learnt(talk, LATER, family=CHATML, turns="answer", thinking=thinking)
+    assert found == [by_hand(chat_tokenizer(LATER, CHATML), *whole)]
+
+
+ANALYSIS = (  # it writes the text beside a call only until an answer follows, as gpt-oss
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m.tool_calls %}"
+    "{% for l in messages[loop.index:] if l.role == 'assistant' and not l.tool_calls %}{% else %}{{ m['content'] }} {% endfor %}"
+    "{{ m.tool_calls[0].function.name }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_may_drop_the_text_beside_a_call_once_an_answer_follows():
+    talk = [TALK[0], {"role": "assistant", "content": "Look.", "tool_calls": [CALL]}, *LOOKED_UP[2:], *TALK[:2]]
+    start = f"<|im_start|>user\nWhere is Oslo?{IM}assistant\n"
+    later = f"weather{IM}tool\n-3{IM}assistant\nYes, it is.{IM}user\nWhere is Oslo?{IM}assistant\n"
+    tokenizer = chat_tokenizer(ANALYSIS, CHATML)
+    assert learnt(talk, ANALYSIS, family=CHATML, turns="answer") == [by_hand(tokenizer, start + later, "In Norway.<|im_end|>")]
+    assert learnt(talk[:2], ANALYSIS, family=CHATML, turns="last") == [by_hand(tokenizer, start, "Look. weather<|im_end|>")]
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "more", "error", "words"),
     [
@@ -289,6 +314,8 @@ def test_a_template_may_write_the_answers_of_tools_behind_their_call():
         (LOOKED_UP, LATER, {"turns": "last"}, DataError, "leaves out the call of `time` of turn 2"),
         ([TALK[0], LOOKED_UP[1] | {"content": "Let me look."}, *LOOKED_UP[2:]], LATER, {"turns": "answer"}, DataError,
          "leaves out the text of turn 2"),
+        ([TALK[0], {**LOOKED_UP[1], "content": "<think>Maps.</think>\n\n", "tool_calls": [CALL]}, *LOOKED_UP[2:]], LATER,
+         {"turns": "answer"}, DataError, "leaves out the thinking of turn 2 of `messages`; .*set data.thinking: drop"),
         ([TALK[0], ("tool", "-3"), TALK[1]], LATER, {"turns": "answer"}, DataError, "leaves out the turn of role `tool`"),
         ([TALK[0], {"role": "assistant", "content": "No.", "reasoning_content": "Hm."}], CHATML, {}, DataError,
          "leaves out the thinking of turn 2 .*set data.thinking: drop"),
