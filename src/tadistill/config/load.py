@@ -134,6 +134,8 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
         raise ConfigError(
             f"{where(source, lines, ('runtime', 'code'))} is `{modules}`, which is not a folder; name the folder of your Python modules"
         )
+    if recipe._origin:
+        recipe._origin.written.setdefault(code, modules)
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
 
 

@@ -100,8 +100,8 @@ class Origin:
     """The file's path, as messages show it."""
     lines: Lines
     written: dict[str, str] = field(default_factory=dict)
-    """Maps a resolved path of a model to the path as the recipe has it. The keys of stored results are made from the recipe's text, so they
-    do not depend on the recipe's folder."""
+    """Maps a resolved path of a model or folder to the path as the recipe has it. The keys of stored results are made from the recipe's
+    text, so they do not depend on the recipe's folder."""
 
 
 def where(source: str, lines: Lines, key: tuple) -> str:

@@ -191,7 +191,7 @@ def _record(choice: Choice) -> dict[str, Any]:
 
 
 def _confirmation(choice: Choice, recipe: Recipe, directory: Path) -> str:
-    content = _relative(_movable(recipe), recipe, directory)
+    content = _relative(_movable(recipe, directory), recipe, directory)
     for key in ("search", "budgets", "fair"):  # the last two would add arms
         content.pop(key, None)
     first = max(recipe.seeds) + 1
@@ -214,16 +214,17 @@ def _confirmation(choice: Choice, recipe: Recipe, directory: Path) -> str:
         f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
         f"{counted(choice.compared, 'path')}.\n"
         "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
-        "# Run it where the search ran: relative paths of data sets are looked for in the working directory first, then in `data.root`.\n"
+        "# Run it in the folder where the search ran, or in this folder of a copy: relative paths that are not found beside this file are\n"
+        "# looked for there, and those of data sets then in `data.root`.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
 
 
-def _movable(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain data for a file in another folder.
+def _movable(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """Return a recipe as plain data for a file in `directory`.
 
-    Data sets keep their paths, which are a part of stage keys: those beside the recipe are then found by `data.root`. They get absolute
-    paths only if the recipe has another `data.root`, or if the working directory has files with the same paths.
+    Data sets keep their paths, which are a part of stage keys: those beside the recipe are then found by `data.root`. They get new paths,
+    relative to `directory`, only if the recipe has another `data.root`, or if the working directory has files with the same paths.
     """
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
     beside = {}
@@ -233,21 +234,20 @@ def _movable(recipe: Recipe) -> dict[str, Any]:
             beside[key] = ref, there
     if not (recipe.data.root or os.environ.get("TADISTILL_DATA") or any(ref.paths[-1].exists() for ref, _ in beside.values())):
         folder = next((ref._folder for ref, _ in beside.values()), None)
-        return content | ({"data": content["data"] | {"root": str(folder)}} if folder else {})
+        return content | ({"data": content["data"] | {"root": _seen_from(directory, str(folder))}} if folder else {})
     for key, (_, there) in beside.items():
-        functools.reduce(operator.getitem, key, content)["load"] = str(there)
+        functools.reduce(operator.getitem, key, content)["load"] = _seen_from(directory, str(there))
     return content
 
 
 def _relative(content: dict[str, Any], recipe: Recipe, directory: Path) -> dict[str, Any]:
     """Return a recipe in which the paths that the user has written relative to the recipe's folder are relative to `directory`. So a copy
     of the whole project works on another machine."""
-    folder = next((ref._folder for _, ref in data_sets(recipe) if ref._folder), None)
 
     def seen(group: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        here = {key: path for key in keys if (path := group.get(key)) and os.path.isabs(path)}
-        of_recipe = {k: p for k, p in here.items() if recipe.written(p) != p or (folder and Path(p).is_relative_to(folder))}
-        return {**group, **{key: _seen_from(directory, path) for key, path in of_recipe.items()}}
+        resolved = {key: path for key in keys if (path := group.get(key)) and os.path.isabs(path)}
+        ours = {key: path for key, path in resolved.items() if not os.path.isabs(os.path.expanduser(recipe.written(path) or ""))}
+        return {**group, **{key: _seen_from(directory, path) for key, path in ours.items()}}
 
     models = {name: seen(model, "load", "tokenizer") for name, model in content["models"].items()}
     runtime = {"runtime": seen(content["runtime"], "code")} if "runtime" in content else {}

@@ -1,6 +1,8 @@
 """confirm.yaml of a search is a recipe that plans, whatever sections the searched recipe has, and wherever its data sets are."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,40 +120,45 @@ def test_another_file_with_the_same_path_is_not_read(searched, folder, tmp_path)
     recipe = searched(FAIR)
     (tmp_path / "maths.jsonl").write_text("{}", encoding="utf-8")
     _, file = confirmation(recipe, ("t", "b", "s"), tmp_path / "runs")
-    assert load(file).data.train["maths"].load == str(folder / "maths.jsonl")
+    assert load(file).data.train["maths"].load == os.path.relpath(folder / "maths.jsonl", file.parent)
     check_sources(load(file))
 
 
-def test_paths_beside_the_recipe_work_in_a_copy_of_the_project(tmp_path, monkeypatch):
-    """They were absolute: models, the folder of data sets, and that of functions."""
+@pytest.mark.parametrize(("code", "there"), [(None, "recipes"), ("../lib", "lib")])
+def test_paths_beside_the_recipe_work_in_a_copy_of_the_project(folder, tmp_path, monkeypatch, code, there):
+    """They were absolute: models, the folder of data sets, data sets beside the recipe, and the folder of functions."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
-    for name in ("recipes/models/b", "recipes/data", "models/t", "models/a"):
+    for name in ("recipes/models/b", "recipes/data", "models/t", "recipes/models/a", "lib"):
         (project / name).mkdir(parents=True)
-    for name in ("recipes/models/b", "models/t", "models/a"):
+    for name in ("recipes/models/b", "models/t", "recipes/models/a"):
         config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 512, "vocab_size": 64}
         (project / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (project / "recipes" / "confirmed.py").write_text("def points(prediction, references):\n    return 1.0\n", encoding="utf-8")
+    shutil.copy(folder / "confirmed.py", project / there)
+    shutil.copy(folder / "maths.jsonl", project / "recipes")
     raw = yaml.safe_load(RECIPE.replace("STUDY", "lattice"))
     raw["models"] = {name: {"load": load, "tokenizer": "tinyworld"} for name, load in (("t", "../models/t"), ("b", "models/b"))} | {
         "s": raw["models"]["s"],
-        "a": {"load": str(project / "models" / "a"), "tokenizer": "tinyworld"},
+        "a": {"load": str(project / "recipes" / "models" / "a"), "tokenizer": "tinyworld"},
     }
     raw["data"] |= {"train": "maths.jsonl", "dev": "maths.jsonl", "root": "data"}
     raw |= {"arms": {"mild": "t > a > b > s"}, "methods": {}, "method": {"name": "kd", "optim": {"steps": 8}}, "resources": {}}
+    raw["runtime"] |= {"code": code} if code else {}
     (project / "recipes" / "r.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     _, file = confirmation(load(project / "recipes" / "r.yaml"), ("t", "a", "b", "s"), project / "runs")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     loads = {name: model["load"] for name, model in found["models"].items()}
     assert {name: loads[name] for name in "tb"} == {"t": "../../models/t", "b": "../../recipes/models/b"}
-    assert loads["a"] == str(project / "models" / "a")  # as the user has written it
-    assert (found["data"]["root"], found["runtime"]["code"]) == ("../../recipes/data", "../../recipes")
+    assert loads["a"] == str(project / "recipes" / "models" / "a")  # as the user has written it
+    assert (found["data"]["root"], found["runtime"]["code"]) == ("../../recipes/data", f"../../{there}")
+    assert found["data"]["train"]["load"] == "../../recipes/maths.jsonl"
     project.rename(elsewhere)
     recipe = load(elsewhere / "runs" / "lattice" / "confirm.yaml")
     assert recipe.models["t"].load == str(elsewhere / "models" / "t")
     assert recipe.models["b"].load == str(elsewhere / "recipes" / "models" / "b")
     assert Path(recipe.data.root).resolve() == elsewhere / "recipes" / "data"
-    assert Path(recipe.runtime.code).resolve() == elsewhere / "recipes"
+    assert recipe.data.train.paths[0].resolve() == elsewhere / "recipes" / "maths.jsonl"
+    assert Path(recipe.runtime.code).resolve() == elsewhere / there
 
 
 def test_a_study_with_the_longest_name_is_confirmed(searched, tmp_path):
@@ -167,6 +174,6 @@ def test_without_flops_there_is_no_arm_of_equal_compute(searched, tmp_path):
 
 def test_the_printed_command_can_be_pasted(searched, tmp_path):
     choice, file = confirmation(searched(BUDGETS), ("t", "b", "s"), tmp_path / "my runs")
-    assert "# Run it where the search ran: relative paths" in file.read_text(encoding="utf-8")
+    assert "# Run it in the folder where the search ran" in file.read_text(encoding="utf-8")
     assert choice_notes(choice, file, tmp_path / "my runs")[-1].endswith(f"tadistill run '{file}' --runs '{tmp_path / 'my runs'}'")
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["study"] == "lattice-confirm"
