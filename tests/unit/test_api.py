@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,16 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from tests.byte_models import ROWS, byte_model, byte_tokenizer, write_rows
 from tests.e2e.inprocess import run_here
 
 import tadistill
 from tadistill import api
 from tadistill.api.arguments import read_recipe
-from tadistill.config import Evaluate, parse
+from tadistill.config import Data, Evaluate, parse
 from tadistill.config.common import Decoding
+from tadistill.config.data import Limit
+from tadistill.data.encoding_rules import Rules
 from tadistill.errors import ConfigError, ModelError, StoreError
 from tadistill.evaluation import text_scores
 from tadistill.metrics import METRICS
@@ -214,6 +218,8 @@ def test_a_study_keeps_the_titles_of_its_own_metrics(study, runs_here, tmp_path,
     assert (str(first), first.rows) == (shown, rows)
 
 
+KEYS = ", ".join(sorted(set(Data.model_fields) - {"train", "dev", "test", "corpus"}))
+
 # --- a loaded model -----------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +233,9 @@ def evaluated(study, on: Any = "tinyworld", **settings):
 def test_a_loaded_model_has_the_scores_of_its_study(study):
     """There was no argument for `data.world`, so the prompts were about 120 people."""
     model, tokenizer = tadistill.load_student(study, "trained", 1)
-    data = {key: value for key, value in yaml.safe_load(TINY)["data"].items() if key not in ("train", "dev", "test")}
+    data = {key: value for key, value in yaml.safe_load(TINY)["data"].items() if key not in ("train", "dev", "test")} | {
+        "limit": {"test": 4}
+    }
     found = tadistill.evaluate(model, tokenizer, "tinyworld", settings={"max_new_tokens": 4, "seeds": [1]}, data=data)["tinyworld"]
     rows = {row["metric"]: row["value"] for row in study.rows}
     assert found.keys() >= {"fact_accuracy", "rouge_l", "loss"}
@@ -260,6 +268,18 @@ def test_a_loaded_model_is_compared_with_the_references_of_a_study(study, tmp_pa
         ("x", {"data": {"wrld": 3}}, "tadistill.evaluate, data: `wrld` is not a known key; did you mean `world`?"),
         ("x", {"data": {"world": {"people": 3}}}, "tadistill.evaluate, data: `world.people` is 3: write a number of at least 10"),
         ("x", {"data": {"dev": "x"}}, "`data` has `dev`, but the data sets of an evaluation are those of `on`; remove `dev`"),
+        ("x", {"data": {"context": {}}}, f"tadistill.evaluate, data: `context` is not a known key; the known keys here are: {KEYS}."),
+        ("x", {"data": {"dataset": "x"}}, f"tadistill.evaluate, data: `dataset` is not a known key; the known keys here are: {KEYS}."),
+        ({"load": "x", "weight": 3}, {}, "tadistill.evaluate: `on.0.weight` is not a known key; the known keys here are: choices, columns"),
+        ("x", {"data": {"limit": {"tset": 3}}}, "tadistill.evaluate, data: `limit.tset` is not a known key; did you mean `test`?"),
+        (
+            "x",
+            {"data": {"limit": 3}},
+            "tadistill.evaluate, data: `limit` is 3, but it must be a group of keys; write keys below limit, or in "
+            "braces (possible keys: test)",
+        ),
+        ("x", {"data": {"limit": {"train": 3}}}, "`data` has `limit.train`, but an evaluation only reads test sets; remove it, or write"),
+        ("x", {"data": {"limit": {"test": 2, "dev": 3}}}, "`data` has `limit.dev`, but an evaluation only reads test sets; remove it, or"),
         ("x", {"data": {"root": "."}, "data_root": "."}, "`data` has `root`, which the argument `data_root` also sets; remove one"),
     ],
 )
@@ -393,6 +413,28 @@ def test_every_setting_of_an_evaluation_is_used_or_refused():
     """A new key of `evaluate` must be used by `tadistill.evaluate`, or refused in `api.loaded_model._check_call`."""
     used = {*Decoding.model_fields, "seeds", "samples", "pass_at", "batch", "bits_per_byte", "also"}
     assert set(Evaluate.model_fields) == used | {"tasks", "fewshot", "precision"}
+
+
+def test_every_key_of_data_is_used_or_refused():
+    """A new key of `data` must be used by `tadistill.evaluate`, or refused in `api.loaded_model._data`."""
+    of_rules = {each.name for each in fields(Rules)} - {"context"}
+    assert set(Data.model_fields) == of_rules | {"root", "world", "limit"} | {"train", "dev", "test", "corpus"}
+    assert set(Limit.model_fields) == {"test"} | {"train", "dev"}
+
+
+def test_a_loaded_model_gets_a_bos_as_the_data_say(tmp_path):
+    """`bos: never` had no effect."""
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    model = byte_model()
+
+    def loss(adds_bos: bool, **data):
+        settings = {"seeds": [1], "max_new_tokens": 2}
+        tokenizer = byte_tokenizer(adds_bos=adds_bos)
+        return tadistill.evaluate(model, tokenizer, tmp_path / "rows.jsonl", template="plain", settings=settings, data=data)["rows"]["loss"]
+
+    without = loss(False)
+    assert loss(True, bos="never") == loss(False, bos="never") == without
+    assert loss(True) == loss(True, bos="auto") != without
 
 
 def test_a_plan_says_what_is_finished(study):

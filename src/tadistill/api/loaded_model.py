@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import create_model
 
 from tadistill.api.arguments import listed
 from tadistill.config import Data, Evaluate
 from tadistill.config.common import DTYPES, Strict
-from tadistill.config.data import TestSets
+from tadistill.config.data import Limit, TestSets
 from tadistill.config.load import read_settings
 from tadistill.errors import ConfigError
 from tadistill.results.collect import with_passes
@@ -71,7 +72,7 @@ def evaluate(
     _check_call(model, tokenizer, decoding, of_data)
     model = getattr(model, "_orig_mod", model)  # torch.compile would compile the model again for each shape of a batch
     subject = Subject(model, tokenizer, shared_vocabulary(tokenizer, model), end_tokens(model, tokenizer))
-    rules = Rules.of(of_data, "test", bos=adds_bos(tokenizer))
+    rules = Rules.of(of_data, "test", bos=of_data.bos == "auto" and adds_bos(tokenizer))
     found = {}
     with evaluating(model):
         for ref in of_data.test:
@@ -95,9 +96,24 @@ def _scores(subject: "Subject", of_set: "EvalSet", decoding: Evaluate, per_byte:
     return found
 
 
+_SETS = ("train", "dev", "test", "corpus")
+"""Keys of `data` that an evaluation does not have, because its only data sets are those of `on`."""
+
+
+def _without(model: type[Strict], *keys: str, **others: type[Strict]) -> Any:
+    # a class with the other keys of `model`; `others` are the classes of groups of keys
+    kept = {name: field for name, field in model.model_fields.items() if name not in keys}
+    fields: dict[str, Any] = {name: (others.get(name, field.annotation), field) for name, field in kept.items()}
+    return create_model(model.__name__, __base__=Strict, **fields)
+
+
+_Keys = _without(Data, *_SETS, limit=_without(Limit, "train", "dev"))
+"""The keys of `data` that an evaluation has. Messages about an unknown key name only these."""
+
+
 class _Arguments(Strict):
     on: TestSets
-    data: Data | None = None
+    data: _Keys | None = None  # type: ignore[valid-type]
     """Is not read from here. With this field, the message about an unknown key of a set can name a key of `data`."""
 
 
@@ -106,13 +122,18 @@ def _data(sets: Sequence[Any], given: Mapping[str, Any] | None, named: Mapping[s
     if not isinstance(given, Mapping | None):
         raise ConfigError(f"`data` is {shown(given)}; give a dict with keys of a recipe's `data`, for instance {{'max_prompt': 256}}")
     content = dict(given or {})
-    if unused := [key for key in ("train", "dev", "test", "corpus") if key in content]:
+    if unused := [key for key in _SETS if key in content]:
         raise ConfigError(f"`data` has `{unused[0]}`, but the data sets of an evaluation are those of `on`; remove `{unused[0]}`")
+    limits = content.get("limit")
+    if unused := [key for key in ("train", "dev") if isinstance(limits, Mapping) and key in limits]:
+        raise ConfigError(f"`data` has `limit.{unused[0]}`, but an evaluation only reads test sets; remove it, or write `limit.test`")
     if twice := [key for key in named if key in content]:
         argument = "data_root" if twice[0] == "root" else twice[0]
         raise ConfigError(f"`data` has `{twice[0]}`, which the argument `{argument}` also sets; remove one of the two")
+    source = "tadistill.evaluate, data" if content else "tadistill.evaluate"
+    read_settings(_Keys, {**content, **named}, (), source=source)
     rows = {"train": sets[0], "dev": sets[0], "test": list(sets)}  # nothing is trained, but `data` must have these keys
-    return read_settings(Data, {**content, **named, **rows}, (), source="tadistill.evaluate, data" if content else "tadistill.evaluate")
+    return read_settings(Data, {**content, **named, **rows}, (), source=source)
 
 
 def _means(measured: "Evaluation", pass_at: Sequence[int] = ()) -> dict[str, float]:
