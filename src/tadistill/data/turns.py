@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tadistill.data import chat
@@ -120,7 +121,7 @@ class TurnReader:
     def _spans(self, messages: Seq[Mapping[str, Any]], places: list[int], example: Example, where: str) -> dict[int, tuple[int, int]]:
         # the part of each assistant's turn that the template marks; empty if it marks nothing
         spans = chat.marked(messages, self.tokenizer, example.tools, self.rules.chat_template_kwargs)
-        parts = spans if spans is None or len(spans) == len(places) else _joined(spans)
+        parts = None if spans is None else _joined(spans, places)
         if spans is not None and parts is not None and len(parts) != len(places):
             raise DataError(
                 f"{where}: the tokenizer's chat template marks {counted(len(parts), 'part')} with {{% generation %}}, but the row has "
@@ -147,8 +148,11 @@ class TurnReader:
         return Turn(prompt, answer, end, hidden)
 
 
-def _joined(spans: Seq[tuple[int, int]]) -> list[tuple[int, int]]:
+def _joined(spans: Seq[tuple[int, int]], places: Seq[int]) -> Seq[tuple[int, int]]:
     # parts that touch are one, as in the mask of transformers: some templates mark a text and its end token apart
+    touch = [end == start for (_, end), (start, _) in pairwise(spans)]
+    if len(spans) == len(places) and all(b == a + 1 for (a, b), one in zip(pairwise(places), touch, strict=True) if one):
+        return spans  # two messages of the assistant with nothing between them are two turns
     found = list[tuple[int, int]]()
     for start, end in spans:
         if found and found[-1][1] == start:

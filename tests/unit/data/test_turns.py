@@ -208,6 +208,7 @@ def test_marks_say_what_counts():
 
 
 APART = "{% generation %}{{ message['content'] }}{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+FIRST = f"{{% if message['role'] == 'assistant' and not loop.last %}}{APART}{{% else %}}{{{{ message['content'] }}}}<|im_end|>{{% endif %}}"
 ENDED = "{% if messages[-1]['role'] == 'assistant' %}{% generation %}<|endoftext|>{% endgeneration %}{% endif %}"
 
 
@@ -335,6 +336,7 @@ def test_a_template_may_drop_the_text_beside_a_call_once_an_answer_follows():
          r"refuses the turns user, .* and data.chat_template_kwargs \(no mode\)"),
         (TALK, MARKED.replace("BODY", MARKS["answer"]).replace("'assistant' %}{% gen", "'assistant' and loop.last %}{% gen"), {}, DataError,
          "marks 1 part with {% generation %}, but the row has 2 turns"),
+        (TALK, MARKED.replace("BODY", FIRST), {}, DataError, "marks 1 part with {% generation %}, but the row has 2 turns"),
         ([TALK[0], {"role": "assistant", "content": None, "tool_calls": [CALL]}], QWEN3, {"turns": "answer"}, DataError,
          "row 1: the last message has no text; set data.turns: last to learn its tool calls"),
     ],
