@@ -1,7 +1,11 @@
 """A large training set is read once and tokenised once. What is kept on the disk equals what a direct reading gives."""
 
+import ast
+import importlib
 import json
 import multiprocessing
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from tests.unit.models.conftest import word_tokenizer
@@ -67,6 +71,23 @@ def test_kept_rows_equal_those_of_a_direct_reading(ref, long_prompts, limit):
     assert (found.longest.prompt, found.longest.top) == (max(len(e.prompt) for e in rows), max(max(e.prompt + e.response) for e in rows))
     assert [references(found.rows)[i] for i in (0, 3)] == [references(rows)[i] for i in (0, 3)]
     assert references(found.rows)[2:5] == references(rows)[2:5]
+
+
+def test_the_key_depends_on_all_code_that_writes_prompts_and_answers(ref, monkeypatch):
+    told = []
+    monkeypatch.setattr(token_cache, "key_of_rows", lambda rows, content, *code: told.extend(code) or "key")
+    kept(ref)
+    rows = {"tadistill.data.rows"}  # `key_of_rows` stands for them
+    needed, found = ["tadistill.data.encoding"], set()
+    while needed:
+        name = needed.pop()
+        with suppress(ModuleNotFoundError):  # it is a function
+            source = Path(str(importlib.import_module(name).__file__)).read_text(encoding="utf-8")
+            found.add(name)
+            froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+            names = {n for f in froms for n in (f.module, *(f"{f.module}.{each.name}" for each in f.names))}
+            needed += [n for n in names - found - rows if n.startswith("tadistill.data.")]
+    assert {module.__name__ for module in told} == found
 
 
 def test_choices_are_kept(tmp_path):
