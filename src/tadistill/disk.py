@@ -1,7 +1,7 @@
 """Functions for files: digests, atomic writing, and reading of JSON that may be damaged.
 
 A reader never sees an incomplete file. There are three ways to write a file or a folder. For a folder that the user
-has named, see `report.model_card.filling`.
+has named, see `report.export.filling`.
 
     write_text, write_json, write_rows      a small file, which several processes may write
     with replacing(path) as temporary:      a large file that only one process writes, such as a training state

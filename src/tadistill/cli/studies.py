@@ -98,7 +98,7 @@ def export(
     """Copy a trained model into a directory in the Hugging Face format, with a model card. With --push, upload it to the Hub."""
     from tadistill.data import hub
     from tadistill.report import read_results
-    from tadistill.report.model_card import export as export_model
+    from tadistill.report.export import export as export_model
 
     if target is None and push is None:
         raise ConfigError("`tadistill export` needs a directory for the copy, or --push REPO; give one of them")

@@ -322,7 +322,7 @@ def test_no_message_names_a_line_of_a_recipe_that_the_user_did_not_write(models)
 def test_a_copy_can_go_to_the_home_folder(tmp_path, monkeypatch):
     study = build_study(tmp_path / "runs", StudySpec(SMALL)).study_dir
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("tadistill.report.model_card.export", lambda results, arm, seed, target, **_: copied.append(target))
+    monkeypatch.setattr("tadistill.report.export.export", lambda results, arm, seed, target, **_: copied.append(target))
     copied: list[Path] = []
     tadistill("export", str(study), "chain", "~/copy")
     assert copied == [tmp_path / "home" / "copy"]

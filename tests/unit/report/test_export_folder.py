@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tadistill.errors import ConfigError, StoreError
-from tadistill.report.model_card import filling
+from tadistill.report.export import filling
 
 
 def test_a_folder_that_another_process_has_filled_is_said(tmp_path):

@@ -13,7 +13,8 @@ from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
 from tadistill.report.analysis import against_sft
 from tadistill.report.explain import verdict_text
-from tadistill.report.model_card import export, model_card
+from tadistill.report.export import export
+from tadistill.report.model_card import model_card
 from tadistill.results.number_text import number
 from tadistill.results.verdict import comparisons
 from tadistill.runner.run_study import _base

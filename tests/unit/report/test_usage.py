@@ -12,7 +12,7 @@ from tadistill.data import tinyworld
 from tadistill.data.prompts import render
 from tadistill.data.rows import Example
 from tadistill.disk import stream_jsonl
-from tadistill.report.model_card import export
+from tadistill.report.export import export
 from tadistill.report.usage import prompt_format
 from tadistill.results.collect import Results
 
