@@ -463,6 +463,7 @@ def test_the_names_are_offered_and_others_are_not():
     ("call", "said"),
     [
         (lambda: tadistill.run(3), "`recipe` is 3; give a path, the name of a recipe"),
+        (lambda: tadistill.run(yaml.safe_load(TINY) | {"margin": np.float32}), "recipe: `margin` is <class 'numpy.float32'>, but a"),
         (lambda: tadistill.run(TINY, "seeds=[2]"), r"overrides are 'seeds=\[2\]'; give a list"),
         (lambda: tadistill.run("study: x\nmodel: y\n"), "recipe, line 2: `model` is not a known key; did you mean `models`"),
         (lambda: tadistill.plan("quikstart"), "did you mean `quickstart`"),

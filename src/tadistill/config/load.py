@@ -204,7 +204,7 @@ def _merged(
 
 def _plain(value: Any, what: str, lines: Lines, at: tuple = ()) -> Any:
     # a copy; YAML reads an arm called 2.1 as a number, but an override does not
-    if hasattr(value, "tolist"):  # a number, a text or an array of NumPy or torch, in a dict from Python
+    if hasattr(value, "tolist") and not isinstance(value, type):  # a number, a text or an array of NumPy or torch, in a dict from Python
         value = value.tolist()
     if isinstance(value, dict):
         if None in value:
