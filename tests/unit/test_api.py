@@ -171,6 +171,28 @@ def test_a_study_keeps_its_model_and_its_page_after_a_later_run(study, runs_here
         weights(pickle.loads(pickled))
 
 
+def test_of_two_runs_at_once_each_returns_its_own_study(study, runs_here, tmp_path, monkeypatch):
+    """The first returned the study of the second, whose plan was the newer one."""
+    others = []
+
+    def run_with_another(*args, **settings):
+        monkeypatch.setattr("tadistill.runner.run_study.run_stages", run_here)
+        others.append(tadistill.run(TINY, ["study=api", "models.a.sft.optim.lr=0.1"], runs=tmp_path))
+        run_here(*args, **settings)
+
+    monkeypatch.setattr("tadistill.runner.run_study.run_stages", run_with_another)
+    first = tadistill.run(TINY, ["study=api"], runs=tmp_path)
+    (second,) = others
+    assert first.rows == study.rows
+    assert torch.equal(weights(first), weights(study))
+    assert not torch.equal(weights(second), weights(study))
+    assert (first.directory.parent, second.directory) == (tmp_path / "api" / "earlier", tmp_path / "api")
+    assert first.page.is_file()
+    assert first.page.read_bytes() != second.page.read_bytes()
+    for each in (first, second):
+        assert torch.equal(weights(pickle.loads(pickle.dumps(each))), weights(each))
+
+
 @pytest.mark.slow
 def test_a_study_that_another_process_pickled_has_its_own_model_after_a_later_run(study, runs_here, tmp_path):
     """It was the model of the later run."""
@@ -463,7 +485,10 @@ def test_the_names_are_offered_and_others_are_not():
     ("call", "said"),
     [
         (lambda: tadistill.run(3), "`recipe` is 3; give a path, the name of a recipe"),
-        (lambda: tadistill.run(yaml.safe_load(TINY) | {"margin": np.float32}), "recipe: `margin` is <class 'numpy.float32'>, but a"),
+        (
+            lambda: tadistill.run(yaml.safe_load(TINY) | {"margin": np.float32}),
+            "recipe: `margin` is <class 'numpy.float32'>, but a value is",
+        ),
         (lambda: tadistill.run(TINY, "seeds=[2]"), r"overrides are 'seeds=\[2\]'; give a list"),
         (lambda: tadistill.run("study: x\nmodel: y\n"), "recipe, line 2: `model` is not a known key; did you mean `models`"),
         (lambda: tadistill.plan("quikstart"), "did you mean `quickstart`"),

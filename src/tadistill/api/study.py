@@ -14,7 +14,7 @@ from tadistill.errors import StoreError
 from tadistill.plan import preview
 from tadistill.plan.arms import Plan
 from tadistill.report import read_results, summary_table
-from tadistill.runner.run_study import EARLIER, evaluations_key
+from tadistill.runner.local import EARLIER, evaluations_key
 from tadistill.store import Store
 from tadistill.text import counted
 

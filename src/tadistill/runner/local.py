@@ -1,8 +1,10 @@
-"""Write a log and a record of each run on this machine. Users read the log. Commands such as `tadistill status` read the record.
+"""Write a log and a record of each run on this machine, and keep the reports of earlier runs. Users read the log. Commands such as
+`tadistill status` read the record.
 
     RUNS/STUDY/run.log                 every line of every run of the study, with the time and the process id
     RUNS/STUDY/local/HOST-PID.json     the state of one run; it is written again every few seconds while the run goes on
     RUNS/STUDY/local/VERB-stages.json  the stages of `tadistill search` or `advise`, until the result, which names them, is written
+    RUNS/STUDY/earlier/KEY/            the plan and the report of a run with other evaluations than the newest
 
 A record stays after its run has ended. The next run of the study deletes the records of ended runs.
 """
@@ -12,6 +14,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tadistill.disk import write_json
+from tadistill.disk import replacing, write_json, writing
 from tadistill.errors import NotPlanned, StoreError
 from tadistill.plan.throughput import spoken
+from tadistill.store import key_of
 
 LOG = "run.log"
 SEARCH = "search.json"
@@ -279,3 +283,55 @@ def described(stage: StageProgress) -> str:
     """Return a stage's progress in one line: how much is done, the newest note, and the time left if it is known."""
     parts = [f"{stage.done}/{stage.total}", stage.note, f"{spoken(stage.left)} left" if stage.left is not None else ""]
     return ", ".join(part for part in parts if part)
+
+
+# --- reports of earlier runs --------------------------------------------------------------------------------------------
+
+REPORT = ("report.html", "report.md", "results.json", "results.csv", "results-summary.csv")
+EARLIER = "earlier"
+"""Name of the folder, in a study's directory, with the reports that later runs have moved. Each is in a folder `evaluations_key`."""
+
+
+def evaluations_key(study: Path) -> str:
+    """Return a digest of the evaluations that the report of a study's plan.json shows."""
+    try:
+        return _key_of_shown(json.loads((study / "plan.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return key_of("damaged")[:8]
+
+
+def keep_report(study: Path, content: dict) -> Path | None:
+    """Move the report of a study to a folder in `earlier` if the plan `content`, which will be written, has other evaluations. Return the
+    path of the moved report, or None."""
+    path = study / "plan.json"
+    files = [name for name in REPORT if (study / name).is_file()]
+    if not path.is_file() or not files:
+        return None
+    old = evaluations_key(study)
+    if old == _key_of_shown(content):
+        return None
+    folder = study / EARLIER / old
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / path.name) as temporary:
+            shutil.copy2(path, temporary)
+        for name in files:
+            os.replace(study / name, folder / name)
+    return folder / files[0]
+
+
+def own_folder(study: Path, content: dict) -> Path:
+    """Return the folder with the plan `content`, which a run has written into a study's directory. It is this directory. If another run has
+    replaced the plan by one with other evaluations, it is a folder in `earlier`."""
+    key = _key_of_shown(content)
+    if evaluations_key(study) == key:
+        return study
+    folder = study / EARLIER / key
+    if not (folder / "plan.json").is_file():
+        write_json(folder / "plan.json", content)
+    return folder
+
+
+def _key_of_shown(content: dict) -> str:
+    arms = [[arm[name] for name in ("name", "evaluate", "analyse", "also", "published")] for arm in content["arms"]]
+    return key_of([content["recipe"]["margin"], arms])[:8]

@@ -5,7 +5,6 @@ import datetime
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from tadistill.config import ModelConfig, Recipe
 from tadistill.config.recipe_files import placed
 from tadistill.data.tinyworld import TOKENIZERS, check_name
-from tadistill.disk import replacing, write_json, writing
+from tadistill.disk import write_json
 from tadistill.errors import ConfigError, about
 from tadistill.models import sources
 from tadistill.models.sources import fetch_part, locate_part, needed_part
@@ -26,7 +25,7 @@ from tadistill.plan.graph import Stage
 from tadistill.plan.notes import approximations, own_settings, phases_text, seen_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_entries, check_sources
-from tadistill.runner.local import planning
+from tadistill.runner.local import keep_report, own_folder, planning
 from tadistill.runner.schedule import check_first, run_stages
 from tadistill.runner.trackers import Trackers, check_trackers
 from tadistill.store import Store, command_for, key_of, store_of
@@ -41,6 +40,7 @@ _NAMED = 3  # settings that are named in one sentence
 @placed
 def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str = "", console: Terminal | None = None) -> Path:
     """Run the stages of a recipe that are not in the store. Return the study's directory, from which `tadistill.report` makes the report.
+    If another run has replaced the study's plan meanwhile, return the folder in `earlier` with the plan of this run.
 
     Raises:
         TadistillError: the input is wrong (before any stage starts), or a stage failed.
@@ -51,12 +51,15 @@ def run_study(recipe: Recipe, *, runs: Path, recipe_text: str = "", command: str
     store = store_of(runs)
     with planning(runs / recipe.study):
         plan, missing, jobs = _planned(recipe, store, console)
-        study = save_plan(plan, runs, recipe_text=recipe_text, command=command, console=console)
+        study, content = _save_plan(plan, runs, recipe_text, command, console)
     if missing:
         run_stages(plan, store, jobs=jobs, console=console)
     else:  # send the values of stages that other processes ran, for instance jobs of a cluster
         Trackers(plan, store, lambda text: console.note(text, problem=True)).close()
-    return study
+    folder = own_folder(study, content)
+    if folder != study:
+        console.note(f"another run of {recipe.study} with other settings has begun meanwhile, so the report of this run is in {folder}")
+    return folder
 
 
 def _planned(recipe: Recipe, store: Store, console: Terminal) -> tuple[Plan, list[Stage], int]:
@@ -115,6 +118,11 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
     If the report of an earlier run shows other evaluations than the plan (for instance other seeds), the report is moved to the folder
     runs/STUDY/earlier/KEY. KEY is a digest of the evaluations that the report shows. The settings that differ are named.
     """
+    return _save_plan(plan, runs, recipe_text, command, console or Terminal())[0]
+
+
+def _save_plan(plan: Plan, runs: Path, recipe_text: str, command: str, console: Terminal) -> tuple[Path, dict]:
+    # the study's directory, and the content of its plan.json
     study = runs / plan.recipe.study
     path, old = study / "plan.json", dict[str, Any]()
     created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -122,16 +130,16 @@ def save_plan(plan: Plan, runs: Path, *, recipe_text: str, command: str, console
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a damaged plan is written again
             found = json.loads(path.read_text(encoding="utf-8"))
             created, old = found["created"], {"recipe": dict(found["recipe"])}
-    content = describe(plan, created=created, recipe_text=recipe_text, command=command)
-    kept, changed = _keep_report(study, content), _changed(old, content) if old else []
+    content = describe(plan, created=created, recipe_text=recipe_text, command=command) | {"runs": str(runs.resolve())}
+    kept, changed = keep_report(study, content), _changed(old, content) if old else []
     sentences = [f"{study.name} has other settings than in its last run: {listed(changed)}"] if changed else []
     if kept:
         copied = command_for("export", kept.parent, "ARM")
         sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; `{copied}` works")
     if sentences:
-        (console or Terminal()).note(". ".join(sentences))
-    write_json(path, content | {"runs": str(runs.resolve())})
-    return study
+        console.note(". ".join(sentences))
+    write_json(path, content)
+    return study, content
 
 
 def _changed(old: dict, new: dict) -> list[str]:
@@ -141,42 +149,6 @@ def _changed(old: dict, new: dict) -> list[str]:
     )
     found = [*changes(before, after, named=("arms", "models", "methods", "evaluate.also"))]
     return [*found[:_NAMED], *([f"{len(found) - _NAMED} more"] if len(found) > _NAMED else [])]
-
-
-_REPORT = ("report.html", "report.md", "results.json", "results.csv", "results-summary.csv")
-EARLIER = "earlier"
-"""Name of the folder, in a study's directory, with the reports that later runs have moved. Each is in a folder `evaluations_key`."""
-
-
-def evaluations_key(study: Path) -> str:
-    """Return a digest of the evaluations that the report of a study's plan.json shows."""
-    try:
-        return _key_of_shown(json.loads((study / "plan.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        return key_of("damaged")[:8]
-
-
-def _keep_report(study: Path, content: dict) -> Path | None:
-    path = study / "plan.json"
-    files = [name for name in _REPORT if (study / name).is_file()]
-    if not path.is_file() or not files:
-        return None
-    old = evaluations_key(study)
-    if old == _key_of_shown(content):
-        return None
-    folder = study / EARLIER / old
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / path.name) as temporary:
-            shutil.copy2(path, temporary)
-        for name in files:
-            os.replace(study / name, folder / name)
-    return folder / files[0]
-
-
-def _key_of_shown(content: dict) -> str:
-    arms = [[arm[name] for name in ("name", "evaluate", "analyse", "also", "published")] for arm in content["arms"]]
-    return key_of([content["recipe"]["margin"], arms])[:8]
 
 
 def describe(plan: Plan, *, created: str, recipe_text: str, command: str) -> dict:

@@ -11,7 +11,8 @@ from tadistill.config import parse
 from tadistill.errors import ConfigError, StoreError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.runner.run_study import _REPORT, evaluation_recipe, save_plan
+from tadistill.runner.local import REPORT
+from tadistill.runner.run_study import evaluation_recipe, save_plan
 from tadistill.terminal import Terminal
 
 RECIPE = """
@@ -28,7 +29,7 @@ def save(tmp_path, *overrides: str) -> str:
     said = io.StringIO()
     plan = make_plan(parse(RECIPE, list(overrides), source="r.yaml"))
     study = save_plan(plan, tmp_path, recipe_text=RECIPE, command=f"run {' '.join(overrides)}", console=Terminal(file=said, width=300))
-    for name in _REPORT:
+    for name in REPORT:
         (study / name).write_text(f"of {overrides}")
     return said.getvalue()
 
@@ -40,7 +41,7 @@ def test_a_report_of_other_seeds_is_kept(tmp_path):
     said = save(tmp_path, "seeds=[1]")
     (folder,) = (tmp_path / "kept" / "earlier").iterdir()
     assert str(folder / "report.html") in said
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["plan.json", *_REPORT])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["plan.json", *REPORT])
     assert (folder / "report.html").read_text() == "of ('margin=0.3',)"
     assert json.loads((folder / "plan.json").read_text())["command"] == "run margin=0.3"
     assert json.loads((tmp_path / "kept" / "plan.json").read_text())["command"] == "run seeds=[1]"
@@ -102,7 +103,7 @@ def test_a_damaged_plan_is_written_again(damaged, tmp_path):
 
 def test_a_plan_without_a_report_is_replaced(tmp_path):
     save(tmp_path)
-    for name in _REPORT:
+    for name in REPORT:
         (tmp_path / "kept" / name).unlink()
     assert save(tmp_path, "seeds=[1]") == "kept has other settings than in its last run: seeds [1, 2] → [1]\n"
     assert not (tmp_path / "kept" / "earlier").exists()
