@@ -154,12 +154,15 @@ def _imported(name: str, module: str, file: Path, digest: str) -> ModuleType:
         # a reload would keep functions that are no longer in the file; modules inside a package are bound to it as they are imported
         for old in [old for old in [*sys.modules] if f"{old}.".startswith(f"{module}.")]:
             del sys.modules[old]
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python takes it for that of a new file of equal size and second
     try:
         loaded = importlib.import_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise ConfigError(
             f"`{name}` cannot be imported: {_place(error, file)}: {type(error).__name__}: {error}; correct the file"
         ) from error
+    finally:
+        sys.dont_write_bytecode = before
     if (own := getattr(loaded, "__file__", None)) is None or Path(own).resolve() != file.resolve():
         raise ConfigError(
             f"`{name}` cannot be imported: {file} has the same name as {own or f'the module {module} of Python'}, which this process "

@@ -1,6 +1,7 @@
 """Metrics and objectives of the user's own code: found beside the recipe, tried before work, part of a stage's identity."""
 
 import importlib
+import os
 import sys
 
 import pytest
@@ -143,6 +144,17 @@ def test_an_objective_is_tried_on_the_vocabulary_of_the_study(study, value):
     """It was tried on seven tokens, so these were refused."""
     recipe = study("import torch\n" + CODE.replace("scale * (student - teacher).pow(2).sum(-1)", value))
     try_objectives(make_plan(recipe), lambda name: 420)
+
+
+def test_a_file_that_changes_within_a_second_is_read_again(tmp_path):
+    """Python ran the bytecode of a file before, if the file had the same size and second."""
+    module = f"quick_{tmp_path.name}"
+    file = tmp_path / f"{module}.py"
+    for value in (1, 2):
+        file.write_text(f"def score(p, r): return {value}")
+        os.utime(file, (1, 1))
+        assert load_function(f"{module}:score", tmp_path).call("", []) == value
+    assert not (tmp_path / "__pycache__").exists()
 
 
 @pytest.mark.parametrize(("tail", "columns"), [("lump", 17), ("drop", 16)])
