@@ -146,8 +146,9 @@ def test_an_objective_is_tried_on_the_vocabulary_of_the_study(study, value):
     try_objectives(make_plan(recipe), lambda name: 420)
 
 
-def test_a_file_that_changes_within_a_second_is_read_again(tmp_path):
+def test_a_file_that_changes_within_a_second_is_read_again(tmp_path, monkeypatch):
     """Python ran the bytecode of a file before, if the file had the same size and second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     module = f"quick_{tmp_path.name}"
     file = tmp_path / f"{module}.py"
     for value in (1, 2):
