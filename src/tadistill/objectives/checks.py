@@ -6,32 +6,50 @@ per token. So this check takes almost no time on a CPU, and one synchronisation 
 
 import math
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from tadistill.errors import ConfigError
 
-# This is a context variable and not an argument, so that the public functions have no argument that only the fused head uses.
+T = TypeVar("T")
+
+# These are context variables and not arguments, so that the public functions have no arguments that only the fused head uses.
 _deferred = ContextVar("_deferred", default=False)
+_finite = ContextVar("_finite", default=False)
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Inside the `with` block, the checks that read the values of tensors are skipped. A NaN in a result then raises no error."""
-    token = _deferred.set(True)
+def held(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Inside the `with` block, the variable has this value."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _deferred.reset(token)
+        variable.reset(token)
+
+
+def deferred() -> AbstractContextManager[None]:
+    """Inside the `with` block, the checks that read the values of tensors are skipped. A NaN in a result then raises no error."""
+    return held(_deferred, True)
 
 
 def is_deferred() -> bool:
     """Return True if checks that read the values of tensors are skipped: inside `deferred()`, and in code that torch compiles."""
     return torch.compiler.is_compiling() or _deferred.get()  # in this order: torch cannot compile a context variable
+
+
+def finite_logits(known: bool) -> AbstractContextManager[None]:
+    """Inside the `with` block, the objectives do not replace logits of -inf, if it is `known` that there are none."""
+    return held(_finite, known)
+
+
+def are_finite() -> bool:
+    """Return True if it is known that no logit is -inf: inside `finite_logits(True)`, but not in code that torch compiles."""
+    return not torch.compiler.is_compiling() and _finite.get()
 
 
 def tensor(name: str, value: Any) -> None:

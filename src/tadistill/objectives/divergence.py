@@ -9,9 +9,6 @@ The most used divergences have a second function, NAME_with_slope, with the same
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -20,7 +17,6 @@ from tadistill.constants import LOG_ZERO
 from tadistill.objectives import checks
 
 _VECDOT = ("cpu",)  # `vecdot` allocates no tensor for the products. On a GPU it is a matrix product, which may round float32 to TF32.
-_finite = ContextVar("_finite", default=False)
 
 # Slopes: with g = dD/dq of a divergence D at constant p, the gradient through the softmax is q (g - sum_v q g), where v is a token.
 # Terms of g that do not depend on v cancel. The tests compare every slope with autograd through the plain function.
@@ -30,22 +26,8 @@ def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Return log softmax(logits / temperature) in at least float32. Log-probabilities of -inf become the finite value `LOG_ZERO`."""
     checks.tensor("logits", logits)
     checks.number("temperature", temperature)
-    finite = at_least_float32(logits) if _are_finite() else at_least_float32(logits).clamp(min=LOG_ZERO)
+    finite = at_least_float32(logits) if checks.are_finite() else at_least_float32(logits).clamp(min=LOG_ZERO)
     return torch.log_softmax(finite / temperature if temperature != 1.0 else finite, dim=-1)
-
-
-@contextmanager
-def finite_logits(known: bool) -> Iterator[None]:
-    """Inside the `with` block, the objectives here do not replace logits of -inf, if it is `known` that there are none."""
-    token = _finite.set(known)
-    try:
-        yield
-    finally:
-        _finite.reset(token)
-
-
-def _are_finite() -> bool:
-    return not torch.compiler.is_compiling() and _finite.get()  # in this order: torch cannot compile a context variable
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -73,7 +55,7 @@ def forward_kl_with_slope(student_logits: Tensor, teacher_logits: Tensor, *, tem
     p = log_p.exp()
     value = dot(p, log_p.sub_(log_q), keep=False)
     slope = log_q.exp_().sub_(p)  # q - p
-    return value, _over(slope if _are_finite() else slope.masked_fill_(student_logits < LOG_ZERO, 0), temperature)
+    return value, _over(slope if checks.are_finite() else slope.masked_fill_(student_logits < LOG_ZERO, 0), temperature)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:

@@ -10,8 +10,8 @@ products then give the gradients with respect to the hidden states and the head.
 Axes: N tokens, n tokens of a small tile, H hidden size, V vocabulary size, K terms of a loss.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
-from tadistill.objectives.divergence import finite_logits, wide
+from tadistill.objectives.divergence import wide
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.sparse import Sampled, TopK
 from tadistill.objectives.targets import (
@@ -210,17 +210,12 @@ def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) 
 _watcher: ContextVar[Callable[[Head, int, int, bool], None] | None] = ContextVar("the watcher of all heads", default=None)
 
 
-@contextmanager
-def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> Iterator[None]:
+def heads_watched(watcher: Callable[[Head, int, int, bool], None]) -> AbstractContextManager[None]:
     """Inside the `with` block, each use of a head calls `watcher(head, tokens, vocab, grad)`.
 
     `tokens` is the number of tokens, and `vocab` the number of vocabulary entries. `grad` is True if gradients are enabled.
     """
-    token = _watcher.set(watcher)
-    try:
-        yield
-    finally:
-        _watcher.reset(token)
+    return checks.held(_watcher, watcher)
 
 
 # --- the autograd function ----------------------------------------------------------------------------------------------
@@ -327,7 +322,7 @@ def _small(plan: _Plan, weights: Tensor, logits: Tensor, teachers: list[Any], ro
     targets = tuple(t.head.shape(own) if isinstance(t, Hidden) else own for t, own in paired)
     if wanted and part.slopes is not None and plan.head.plain:
         whole = all(isinstance(t, Hidden) and t.head.bias is None for t in part.teachers)  # no product of a head is -inf, but a bias may be
-        with checks.deferred(), finite_logits(whole and plan.head.bias is None):
+        with checks.deferred(), checks.finite_logits(whole and plan.head.bias is None):
             values, slope = part.slopes(logits, targets, rows, weights)
         if part.weighted:
             out.copy_(slope)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tadistill import objectives
 from tadistill.constants import OBJECTIVE
 from tadistill.errors import ConfigError
-from tadistill.objectives import divergence
+from tadistill.objectives import checks, divergence
 from tadistill.objectives.sampled import token_loss_with_slope
 from tadistill.objectives.targets import WITH_SLOPE, TeacherTerm
 
@@ -75,7 +75,7 @@ def test_equals_autograd(case, temperature, products):
     case = cut(case, 7)
     expected = by_autograd(case, student, teacher, temperature=temperature)
     for known in (False, True):
-        with divergence.finite_logits(known):
+        with checks.finite_logits(known):
             found = with_slope(case)(student, teacher, temperature=temperature)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
@@ -133,7 +133,7 @@ class Peak(TorchDispatchMode):
 def test_temporary_tensors_on_a_gpu_are_within_the_planned_size(case, monkeypatch):
     monkeypatch.setattr(divergence, "_VECDOT", ())
     student, teacher = draw(7, 4096)
-    with objectives.checks.deferred(), divergence.finite_logits(True), Peak() as peak:
+    with checks.deferred(), checks.finite_logits(True), Peak() as peak:
         with_slope(cut(case, 7))(student, teacher)
     share = peak.bytes / (student.nbytes + teacher.nbytes)
     assert share <= {"reverse_kl": 1.01, "jensen_shannon": 2.51}.get(case.func.__name__, OBJECTIVE)
