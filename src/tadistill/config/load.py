@@ -24,7 +24,7 @@ from tadistill.config.recipe_files import (
     FAST,
     NO_REFERENCES,
     Lines,
-    check_depth,
+    check_nesting,
     contents,
     located,
     settled,
@@ -54,7 +54,7 @@ def study_in(recipe: Path) -> str | None:
         return None
     for loader in (FAST, CLEAR):  # the loaders of recipes: others accept other texts
         with contextlib.suppress(yaml.YAMLError, ConfigError):
-            check_depth(text, str(recipe), loader)
+            check_nesting(text, str(recipe), loader)
             node = yaml.compose(text, Loader=loader)
             pairs = node.value if isinstance(node, yaml.MappingNode) else ()
             names = [value.value for key, value in pairs if key.value == "study" and isinstance(value, yaml.ScalarNode)]

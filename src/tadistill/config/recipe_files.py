@@ -201,7 +201,7 @@ def _read(kind: Any, text: str, what: str, check_keys: bool) -> tuple[Any, Lines
         sizes[id(node)] = size
         return size
 
-    check_depth(text, what, kind)
+    check_nesting(text, what, kind)
     loader = kind(text)
     node = loader.get_single_node()
     return node and walk(node, ()) and loader.construct_document(node), lines
@@ -244,7 +244,7 @@ def _not_yaml(error: Exception, source: str) -> str:
     return f"{source}{where} cannot be read as YAML: {what}"
 
 
-def check_depth(text: str, what: str, loader: Any) -> None:
+def check_nesting(text: str, what: str, loader: Any) -> None:
     """Raise a ConfigError if the keys of a YAML text are nested too deep."""
     depth = 0
     for event in yaml.parse(text, Loader=loader):  # yaml.parse does not recurse, unlike the steps after this check

@@ -28,11 +28,11 @@ from tadistill.plan.costs import Ledger
 from tadistill.plan.costs.sizes_and_lengths import count_first_rows, most_counted
 from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
-from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec, TrainingSpec
+from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
 from tadistill.plan.paths import contexts_of, lossy_steps
 from tadistill.plan.phases import PlannedPhase
 from tadistill.plan.remote import asked_notes, served_notes
-from tadistill.plan.task import layout, name_of, vllm_stages
+from tadistill.plan.task import layout, name_of, trainings, vllm_stages
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
 from tadistill.text import counted, listed, size
@@ -178,7 +178,7 @@ def _first(role: str, counts: Counts) -> str:
 def seen_notes(plan: Plan) -> Iterator[str]:
     """Yield a sentence for each test set with prompts that are also in a training set, or in a dev set that chooses checkpoints. Sets that
     are not on this disk are left out."""
-    chosen = any(isinstance(stage.spec, TrainingSpec) and stage.spec.dev for stage in plan.stages.values())
+    chosen = any(spec.dev for _, spec in trainings(plan))
     for role in ["train"] * trains(plan.recipe) + ["dev"] * chosen:
         found: dict[str, str] = {}
         with suppress(TadistillError):

@@ -3,7 +3,7 @@
 A task has a stage of the study and the stage's resources, and it can be pickled.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -169,6 +169,13 @@ def planned_memory(plan: "Plan", stage: Stage) -> Memory | None:
         guided = isinstance(stage.spec, TrainingSpec) and stage.spec.method.sampler.guided  # then the teacher is whole while it samples
         memory = replace(memory, frozen=part, sampling=memory.sampling + (memory.frozen - part if guided else 0.0))
     return replace(memory, frozen=0.0) if wanted.teacher == "offloaded" else memory
+
+
+def trainings(plan: "Plan") -> Iterator[tuple[Stage, TrainingSpec]]:
+    """Yield the stages that train a model, with their contents."""
+    for stage in plan.stages.values():
+        if isinstance(stage.spec, TrainingSpec):
+            yield stage, stage.spec
 
 
 def host_bytes(plan: "Plan", stage: Stage, *, cuda: bool) -> float:

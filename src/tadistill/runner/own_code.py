@@ -16,6 +16,7 @@ from tadistill.evaluation.text_scores import score_own
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage
 from tadistill.plan.kinds import TrainingSpec
+from tadistill.plan.task import trainings
 from tadistill.train.step import own_divergence
 from tadistill.user_code import load_function
 
@@ -55,19 +56,18 @@ def try_objectives(plan: Plan, vocab: Callable[[str], int]) -> None:
         ConfigError: an objective fails, does not return one finite value with a gradient per token, or mixes tokens.
     """
     tried: list[tuple[Custom, int]] = []
-    for stage in plan.stages.values():
-        objective = stage.spec.method.objective if isinstance(stage.spec, TrainingSpec) else None
-        if isinstance(objective, Custom) and (case := (objective, _columns(plan, stage, vocab(stage.model)))) not in tried:
+    for stage, spec in trainings(plan):
+        objective = spec.method.objective
+        if isinstance(objective, Custom) and (case := (objective, _columns(plan, stage, spec, vocab(stage.model)))) not in tried:
             tried.append(case)
             with about("objective.function"):
                 _try_objective(objective, plan.recipe.runtime.code, case[1])
 
 
-def _columns(plan: Plan, stage: Stage, vocab: int) -> int:
+def _columns(plan: Plan, stage: Stage, spec: TrainingSpec, vocab: int) -> int:
     # of a teacher's top tokens, the objective gets only these, and one column for all others
-    assert isinstance(stage.spec, TrainingSpec)
     served = [model.serve.signal for name in stage.teachers if (model := plan.recipe.models[name]).serve]
-    signal = stage.spec.method.signal or next(iter(served), None)
+    signal = spec.method.signal or next(iter(served), None)
     return vocab if not isinstance(signal, TopKSignal) or signal.k >= vocab else signal.k + (signal.tail == "lump")
 
 

@@ -25,9 +25,8 @@ from tadistill.models.tokens import check_same_tokenizer, vocabulary
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
-from tadistill.plan.kinds import TrainingSpec
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, uses_vllm, vllm_stages
+from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, trainings, uses_vllm, vllm_stages
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
 from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes
@@ -177,8 +176,8 @@ def _check_model_and_texts(
 
 
 def _check_top_k(plan: Plan, shared: Mapping[str, int]) -> None:
-    for stage in plan.stages.values():
-        objective = stage.spec.method.objective if isinstance(stage.spec, TrainingSpec) else None
+    for stage, spec in trainings(plan):
+        objective = spec.method.objective
         if isinstance(objective, TopKForwardKL | TopKReverseKL) and objective.k > (vocab := shared[stage.model]):
             raise ConfigError(f"objective.k is {objective.k}, but the models share only {vocab} tokens; write at most {vocab}")
 
