@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from tadistill.config.added_arms import Budgets, with_controls
-from tadistill.config.arm import Arm, flat, teachers_of
+from tadistill.config.arm import Arm, ModelPath, flat, teachers_of
 from tadistill.config.common import MOST, Decoding, Name, Seeds, Strict
 from tadistill.config.data import Data
 from tadistill.config.evaluate import Evaluate, OwnMetric
@@ -189,9 +189,25 @@ def methods(recipe: Recipe) -> list[Method]:
     Raises:
         ConfigError: parts of a method do not fit together.
     """
-    targets = [(model, arm) for arm in recipe.arms.values() for model in (arm.learners or (arm.last if arm.objective else ()))]
-    found = [(apply(recipe.method, recipe.models[model].distill, arm.patch), arm) for model, arm in targets]
-    return [part for method, arm in found for part, _ in (phases_of(method) if arm.learners else [(method, 1.0)])]
+    found: list[Method] = []
+    for arm in recipe.arms.values():
+        if arm.learners:
+            found += [method for method, _, _ in distillations(recipe, arm)]
+        elif arm.objective:
+            found.append(apply(recipe.method, recipe.models[arm.last[0]].distill, arm.patch))
+    return found
+
+
+def distillations(recipe: Recipe, arm: Arm) -> Iterator[tuple[Method, ModelPath, str]]:
+    """Yield the method of each phase of each distillation of an arm, the part of the path that teaches in it, and the student.
+
+    Raises:
+        ConfigError: parts of a method do not fit together.
+    """
+    for path in arm.path:
+        for i, learner in enumerate(path[1:], 1):
+            for method, _ in phases_of(apply(recipe.method, recipe.models[learner].distill, arm.patch)):
+                yield method, path[:i] if method.dense else path[i - 1 : i], learner
 
 
 def sampled_tokens(recipe: Recipe, model: str) -> int:
@@ -202,14 +218,11 @@ def sampled_tokens(recipe: Recipe, model: str) -> int:
     """
     most = 0
     for name, arm in recipe.arms.items():
-        for teachers, learner in ((path[:i], path[i]) for path in arm.path for i in range(1, len(path))):
-            with about(f"arms.{name}"):
-                parts = phases_of(apply(recipe.method, recipe.models[learner].distill, arm.patch))
-            for part, _ in parts:
-                teach = (teachers if part.dense else teachers[-1:]) if part.uses_teacher else ()
-                taught = (*teach, learner, *(arm.last[-1:] if part.recorded_text else ()))
-                if isinstance(part.sampler, Decoding) and model in flat(taught):
-                    most = max(most, part.sampler.max_new_tokens)
+        with about(f"arms.{name}"):
+            for method, teachers, learner in distillations(recipe, arm):
+                involved = (*(teachers if method.uses_teacher else ()), learner, *(arm.last[-1:] if method.recorded_text else ()))
+                if isinstance(method.sampler, Decoding) and model in flat(involved):
+                    most = max(most, method.sampler.max_new_tokens)
     return most
 
 

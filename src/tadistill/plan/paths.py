@@ -15,15 +15,16 @@ The second half is about teachers that differ from their model in the recipe: te
 teach themselves, and the teacher of a control (`arms.X.control`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import ModelPath, flat, is_route, members, path_text, routed
+from tadistill.config.arm import flat, is_route, members, path_text, routed
 from tadistill.config.method_parts import TeacherContext
-from tadistill.config.method_rules import apply, check_one_tokenizer, over_spans, phases_of
+from tadistill.config.method_rules import check_one_tokenizer, over_spans
 from tadistill.config.objective import MiniLLM
+from tadistill.config.recipe import distillations
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import BehindApi, Encoding, Handle, RandomWeights, is_served
@@ -254,19 +255,11 @@ def contexts_of(recipe: Recipe) -> dict[TeacherContext, set[str]]:
     found: dict[TeacherContext, set[str]] = {}
     for name, arm in recipe.arms.items():
         with about(f"arms.{name}"):
-            for method, path, i in _distillations(recipe, arm):
+            for method, teachers, _ in distillations(recipe, arm):
                 if method.context:
-                    names = {name for name in flat(path[:i] if method.dense else path[i - 1 : i]) if not recipe.models[name].api}
+                    names = {name for name in flat(teachers) if not recipe.models[name].api}
                     found.setdefault(method.context, set()).update(names)
     return {context: names for context, names in found.items() if names}
-
-
-def _distillations(recipe: Recipe, arm: Arm) -> Iterator[tuple[Method, ModelPath, int]]:
-    # the method of each phase, the path, and the student's index in the path
-    for path in arm.path:
-        for i, model in enumerate(path[1:], 1):
-            for method, _ in phases_of(apply(recipe.method, recipe.models[model].distill, arm.patch)):
-                yield method, path, i
 
 
 PathOf = Callable[[str, int], list[Handle]]
