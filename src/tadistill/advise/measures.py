@@ -214,7 +214,7 @@ def ladder(recipe: Recipe) -> Ladder:
     """Return the models of `recipe.search` with their sizes. Raises ConfigError if a size is not known."""
     search = recipe.search
     assert search is not None
-    return Ladder(_sizes(recipe, (search.teacher, *search.assistants, search.student)))
+    return Ladder(_sizes(recipe, search.models))
 
 
 def _ends(recipe: Recipe) -> tuple[str, str]:

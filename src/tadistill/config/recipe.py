@@ -55,11 +55,15 @@ class Search(Strict):
     """The rounds of the strategy `halving`, with one number per round. The number is the length of the training runs in this round, as a
     fraction of all updates. The last number is 1."""
 
+    @property
+    def models(self) -> ModelPath:
+        """All models of the search, from big to small."""
+        return (self.teacher, *self.assistants, self.student)
+
     @model_validator(mode="after")
     def _check(self):
-        models = (self.teacher, *self.assistants, self.student)
-        for name in models:
-            if models.count(name) > 1:
+        for name in self.models:
+            if self.models.count(name) > 1:
                 raise ValueError(f"search names the model {name} twice; teacher, assistants and student must be different models")
         if self.rungs[-1] != 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)) or self.rungs[0] <= 0:
             raise ValueError(f"search.rungs are {list(self.rungs)}; write rising fractions that end with 1, such as [0.1, 0.3, 1]")
@@ -266,7 +270,7 @@ def _wrong_names(recipe: Recipe) -> Iterator[str]:
                 what = _choice(each, recipe.data.sets) if recipe.data.several else "`data.train` is one set without a name; remove `sets`"
                 yield f"models.{name}.sft.sets names `{each}`, which is not a training set; {what}"
     yield from _unknown(recipe, recipe.teacher, "teacher is")
-    for name in (recipe.search.teacher, *recipe.search.assistants, recipe.search.student) if recipe.search else ():
+    for name in recipe.search.models if recipe.search else ():
         yield from _unknown(recipe, name, "search names")
         if name in recipe.models and recipe.models[name].api:
             yield f"search names `{name}`, which {Api.has_no}, but a search compares probabilities; name models without `api`"

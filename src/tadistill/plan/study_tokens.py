@@ -250,7 +250,7 @@ class StudyTokens:
     def _used(self) -> tuple[str, ...]:
         search = self.recipe.search
         named = {self.teacher, *(m for arm in self.recipe.arms.values() for m in (*arm.models, *arm.init.values()))}
-        named |= {search.teacher, *search.assistants, search.student} if search else set()
+        named |= {*search.models} if search else set()
         used = with_parents(self.recipe, filter(None, named))
         return tuple(name for name, model in self.recipe.models.items() if name in used and not model.api)
 

@@ -87,7 +87,7 @@ def find_path(recipe: Recipe, *, runs: Path, console: Terminal) -> Choice:
 
 def check_lattice(recipe: Recipe, search: Search) -> None:
     """Raise a ConfigError if a search has too many paths, or if a model takes its temperature from an arm."""
-    for name in sorted(with_parents(recipe, _models(search))):
+    for name in sorted(with_parents(recipe, search.models)):
         temper = recipe.models[name].temper
         if temper and temper.like is not None:
             raise ConfigError(
@@ -128,7 +128,7 @@ def _check_metric(recipe: Recipe, search: Search) -> str:
 def check_order(recipe: Recipe, search: Search) -> None:
     """Raise a ConfigError if a model is bigger than the model before it in the search. Neighbours may have equal sizes."""
     ledger = Ledger(recipe)
-    for above, below in pairwise(_models(search)):
+    for above, below in pairwise(search.models):
         big, small = ledger.size(above), ledger.size(below)
         if big and small and small.total > big.total:
             raise ConfigError(
@@ -189,10 +189,6 @@ def _check_chains(search: Search, lattice: Lattice, flops: Mapping[ModelPath, fl
         f"search.budget is {search.budget:g} × the FLOPs of the direct path, but the cheapest path with an assistant, "
         f"{path_text(nearest)}, costs {multiple:.2f} × these FLOPs; raise `search.budget`"
     )
-
-
-def _models(search: Search) -> ModelPath:
-    return (search.teacher, *search.assistants, search.student)
 
 
 def _lattice(search: Search, cost: Callable[[ModelPath], float] | None = None, budget: float = math.inf) -> Lattice:
