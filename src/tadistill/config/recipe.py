@@ -164,6 +164,11 @@ class Recipe(Strict):
             )
         return self.data.model_copy(update={"template": next(iter(given))}) if given else self.data
 
+    def root(self, name: str) -> str:
+        """Return the model from whose files a model is made, directly or through other models. It may be the model itself."""
+        parent = self.models[name].parent
+        return self.root(parent) if parent else name
+
     @property
     def first_seed(self) -> int:
         return self.seeds[0]

@@ -99,7 +99,7 @@ class StudyTokens:
     def readers(self, name: str) -> tuple[str, ...]:
         """Return the loaded models of a model's family. Their common tokenizer counts the tokens of the model's texts (`Ledger.of`).
         Empty if all models share one tokenizer."""
-        roots = {self._root(other) for other in self.family(name)}
+        roots = {self.recipe.root(other) for other in self.family(name)}
         return tuple(n for n in self.recipe.models if n in roots) if len(self._families) > 1 else ()
 
     def sizes(self, *names: str) -> str:
@@ -140,16 +140,16 @@ class StudyTokens:
         Raises:
             ConfigError: models that share the tokenizer name different templates.
         """
-        return self.recipe.data_of(dict.fromkeys(self._root(other) for other in self.family(name)))
+        return self.recipe.data_of(dict.fromkeys(self.recipe.root(other) for other in self.family(name)))
 
     def _check_template(self, name: str) -> None:
         group = self._group(name)
         if not self._templated(name) or any(self._of(other).template or self._of(other).eos is None for other in group):
             return  # a model without a known EOS is not on this disk
         talks = "messages" in self._forms
-        in_chat, own = self._chat(name), next((root for root in map(self._root, group) if self.recipe.models[root].template), None)
+        in_chat, own = self._chat(name), next((root for root in map(self.recipe.root, group) if self.recipe.models[root].template), None)
         why = f"{f'models.{own}' if own else 'data'}.template is chat" if in_chat else "a `context` has `chat` or `system`"
-        key = f"models.{own or self._root(group[0])}.template" if own or len(self._groups) > 1 else "data.template"
+        key = f"models.{own or self.recipe.root(group[0])}.template" if own or len(self._groups) > 1 else "data.template"
         other = f", or set {key} to alpaca or plain" if in_chat else ", or write the prompt in context.template"
         if talks:
             why, other = "the data has conversations", ""
@@ -289,7 +289,7 @@ class StudyTokens:
         return next(wanted, ordered[0] or name)
 
     def _of(self, name: str) -> Tokens:
-        return self._of_root(self._root(name))
+        return self._of_root(self.recipe.root(name))
 
     def _read(self, name: str) -> Tokens:
         model = self.recipe.models[name]
@@ -302,12 +302,8 @@ class StudyTokens:
         weights = None if scratch else sources.locate(model.load, model.revision, weights=False)
         return tokens.read(weights, directory) if directory and (weights or scratch) else Tokens(None)
 
-    def _root(self, name: str) -> str:
-        parent = self.recipe.models[name].parent
-        return self._root(parent) if parent else name
-
     def _source(self, name: str) -> tuple[str, str]:
-        model = self.recipe.models[self._root(name)]
+        model = self.recipe.models[self.recipe.root(name)]
         source = model.tokenizer_source
         assert source is not None
         with about(f"models.{name}.tokenizer"):

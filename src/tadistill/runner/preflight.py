@@ -200,7 +200,7 @@ def _check_tasks(recipe: Recipe) -> None:
 
 
 def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedTokenizerBase:
-    model, world = recipe.models[_root(recipe, name)], recipe.data.world.model_dump()
+    model, world = recipe.models[recipe.root(name)], recipe.data.world.model_dump()
     assert model.tokenizer_source is not None
     own = load_tokenizer(model.tokenizer_source, revision=model.revision, world=world)
     if (other := tokens.tokenizer(name)) is None:
@@ -210,7 +210,7 @@ def _tokenizer(recipe: Recipe, name: str, tokens: StudyTokens) -> PreTrainedToke
 
 
 def _check_model(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, Mapping[str, Any]]:
-    model, root = recipe.models[name], recipe.models[_root(recipe, name)]
+    model, root = recipe.models[name], recipe.models[recipe.root(name)]
     assert root.load is not None
     if root.load.startswith("scratch:"):
         config = scratch_config(root.load.removeprefix("scratch:"), root.config, tokenizer)
@@ -246,11 +246,6 @@ def _check_packing(recipe: Recipe, name: str, config: Mapping[str, Any]) -> None
     packed = any(method.optim.packed for method in methods(recipe)) or (model.sft and model.sft.optim.packed)
     if packed and not model.serve:  # a server does not pack
         check_packing(config["model_type"], name)
-
-
-def _root(recipe: Recipe, name: str) -> str:
-    parent = recipe.models[name].parent
-    return _root(recipe, parent) if parent else name
 
 
 def _default_jobs() -> int:
