@@ -54,10 +54,9 @@ def apply(method: Method, *patches: MethodPatch) -> Method:
     if method.phases:
         phases_of(method)  # checks the settings of each phase; those of the whole method are not trained with
         return method
-    asked = method.objective.needs_teacher
-    for name, used in (("dense", asked), ("context", method.uses_teacher), ("ema", asked)):
-        if not used and all(getattr(patch, name) is None for patch in patches):
-            method = method.model_copy(update={name: None})  # the recipe's own setting applies only to arms that have teachers
+    for key in _without_effect(method):
+        if all(getattr(patch, key) is None for patch in patches):
+            method = method.model_copy(update={key: None})  # the recipe's own setting applies only to arms that have teachers
     check_pairing(method)
     return method
 
@@ -147,8 +146,8 @@ def _check_text(method: Method) -> None:
 
 def _check_uses_of_teacher(method: Method) -> None:
     objective, signal = method.objective, method.signal
-    for key, used in (("dense", objective.needs_teacher), ("context", method.uses_teacher), ("ema", objective.needs_teacher)):
-        if getattr(method, key) is not None and not used:
+    for key in _without_effect(method):
+        if getattr(method, key) is not None:
             raise ConfigError(
                 f"objective `{objective.type}` uses no teacher, so `{key}` has no effect; use an objective with a teacher, such as "
                 f"`reverse_kl`, or remove `{key}`"
@@ -157,6 +156,12 @@ def _check_uses_of_teacher(method: Method) -> None:
         raise ConfigError(
             f"objective `{objective.type}` uses no teacher, so sampler.signal `{signal.type}` has no effect; set `signal: null` in this arm"
         )
+
+
+def _without_effect(method: Method) -> list[str]:
+    # the keys of a teacher that have no effect, because the method uses no teacher for them
+    asked = method.objective.needs_teacher
+    return [key for key, used in (("dense", asked), ("context", method.uses_teacher), ("ema", asked)) if not used]
 
 
 def _check_signal(method: Method) -> None:
@@ -185,16 +190,20 @@ def _check_signal(method: Method) -> None:
 def _check_context(method: Method) -> None:
     sampler = method.sampler
     if sampler.guided:
-        fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
         raise ConfigError(
             f"sampler `{sampler.type}` lets student and teacher sample one text together, but with `context` the teacher reads another "
-            f"prompt; {fix}, or remove `context`"
+            f"prompt; {_unguided(method)}, or remove `context`"
         )
     if method.select.metric == "reverse_kl":
         raise ConfigError(
             "select.metric `reverse_kl` compares student and teacher on the student's prompts, but with `context` the teacher reads "
             "prompts of its own; set `select.metric` to `loss` or `rouge_l`"
         )
+
+
+def _unguided(method: Method) -> str:
+    # how to mend a recipe in which the teacher must not take part in sampling
+    return "set `sampler.alpha: 0`" if isinstance(method.sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
 
 
 def _check_ema(method: Method) -> None:
@@ -255,9 +264,9 @@ def over_spans(method: Method) -> Method:
     if objective.only_by_token:
         raise ConfigError(f"objective `{objective.label}` {objective.only_by_token}")
     if sampler.guided:
-        fix = "set `sampler.alpha: 0`" if isinstance(sampler, TeacherMixedSampler) else "use `sampler: {type: student}`"
         raise ConfigError(
-            f"sampler `{sampler.label}` needs one tokenizer for both models, which sample one text together, token by token; {fix}"
+            f"sampler `{sampler.label}` needs one tokenizer for both models, which sample one text together, token by token; "
+            f"{_unguided(method)}"
         )
     if method.signal:
         key = "recorded" if method.recorded_text else "signal"
