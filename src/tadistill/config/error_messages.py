@@ -124,8 +124,8 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind in _MAPPING:
         wanted = " or ".join([*_short_forms(location, root), "a group of keys"])
         return f" is {_shown(value)}, but it must be {wanted}; {_mapping(value, key, location, root)}."
-    fix = _FIXES.get(kind, lambda value, context: problem["msg"][0].lower() + problem["msg"][1:].rstrip("."))
-    return f" is {_shown(value)}: {fix(value, context)}."
+    fix = _FIXES.get(kind, problem["msg"][:1].lower() + problem["msg"][1:].rstrip("."))
+    return f" is {_shown(value)}: {fix if isinstance(fix, str) else fix(value, context)}."
 
 
 def _short_forms(location: tuple, root: type[BaseModel]) -> list[str]:
@@ -172,18 +172,18 @@ def _quoted(value: Any) -> str:
     return "YAML reads this text as a number; put it in quotes" if number else "write one text, without [ ] or { }"
 
 
-_FIXES: dict[str, Callable[[Any, Mapping[str, Any]], str]] = {
+_FIXES: dict[str, str | Callable[[Any, Mapping[str, Any]], str]] = {
     "tuple_type": _list_of,
     "list_type": _list_of,
-    "int_type": lambda value, context: "write a whole number",
-    "int_parsing": lambda value, context: "write a whole number",
-    "int_parsing_size": lambda value, context: "the number is too large; write a smaller one",
-    "int_from_float": lambda value, context: "write a whole number",
-    "float_type": lambda value, context: "write a number, such as 0.5 or 1e-4",
-    "float_parsing": lambda value, context: "write a number, such as 0.5 or 1e-4",
-    "finite_number": lambda value, context: "write a finite number",
-    "bool_type": lambda value, context: "write true or false",
-    "bool_parsing": lambda value, context: "write true or false",
+    "int_type": "write a whole number",
+    "int_parsing": "write a whole number",
+    "int_parsing_size": "the number is too large; write a smaller one",
+    "int_from_float": "write a whole number",
+    "float_type": "write a number, such as 0.5 or 1e-4",
+    "float_parsing": "write a number, such as 0.5 or 1e-4",
+    "finite_number": "write a finite number",
+    "bool_type": "write true or false",
+    "bool_parsing": "write true or false",
     "string_type": lambda value, context: _quoted(value),
     "string_pattern_mismatch": _pattern,
     "literal_error": _choice,

@@ -116,8 +116,12 @@ def page_text(page: str) -> str:
 
 def more_about(key: str, part: Part) -> str:
     """Return the name of the page about a key, such as `method.dense`. It is that of the key's group, `part`, if the key has no page."""
-    page = _PAGES.get(key) or _PAGES.get(key.rsplit(".", 1)[-1])
+    page = _page(key)
     return page_text(page) if page else part.more
+
+
+def _page(place: str) -> str | None:
+    return _PAGES.get(place) or _PAGES.get(place.rsplit(".", 1)[-1])
 
 
 @functools.cache
@@ -160,7 +164,11 @@ def meaning(model: type[BaseModel], field: str) -> str:
         if text := _docstrings(cls.__module__).get(cls.__qualname__, {}).get(field):
             return text
     behind = classes(model.model_fields[field].annotation)
-    return " ".join((inspect.getdoc(behind[0]) or "").split("\n\n")[0].split()) if len(behind) == 1 else ""
+    return _first_paragraph(behind[0]) if len(behind) == 1 else ""
+
+
+def _first_paragraph(model: type[BaseModel]) -> str:
+    return " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
 
 
 def classes(annotation: Any) -> list[type[BaseModel]]:
@@ -183,15 +191,14 @@ def _part(model: type[BaseModel], places: tuple[str, ...]) -> Part:
     own = [name for name in model.model_fields if name in model.__annotations__]
     order = dict.fromkeys((["type"] if tag(model) else []) + own + list(model.model_fields))
     keys = tuple(_key(model, name, model.model_fields[name]) for name in order)
-    page = _PAGES.get(places[0]) or _PAGES.get(places[0].rsplit(".", 1)[-1]) or _PAGES[places[0].split(".", 1)[0]]
+    page = _page(places[0]) or _PAGES[places[0].split(".", 1)[0]]
     return Part(model.__name__, tag(model), inspect.getdoc(model) or "", places, keys, page)
 
 
 def _key(model: type[BaseModel], name: str, field: FieldInfo) -> Key:
     chosen = _choices(field)
     if name == "type":
-        text = " ".join((inspect.getdoc(model) or "").split("\n\n")[0].split())
-        return Key(name, f"`{tag(model)}` chooses the following keys. {text}", "text", "", "required", chosen)
+        return Key(name, f"`{tag(model)}` chooses the following keys. {_first_paragraph(model)}", "text", "", "required", chosen)
     return Key(field.alias or name, meaning(model, name), _kind(_written_as(model, name)), _allowed(field, chosen), _default(field), chosen)
 
 
