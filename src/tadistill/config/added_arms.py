@@ -182,13 +182,7 @@ class Budgets(Strict):
             ValueError: an arm in `of` or `arms` is missing, has `compute` or trains no model; or a new arm's name is already used.
         """
         able = [name for name, arm in arms.items() if arm.compute is None and (arm.learners or arm.objective)]
-        of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
-        if of is None or of not in able:
-            missing = "the budget 1x is the compute of an arm `teacher > student`, but there is no such arm"
-            what = f"budgets.of is `{of}`, which defines no budget" if of else missing
-            raise ValueError(
-                f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
-            )
+        of = self._reference(arms, able)
         for name in self.arms or ():
             if name not in able and at_budget(name, self.times[0]) not in arms:
                 raise ValueError(
@@ -198,19 +192,32 @@ class Budgets(Strict):
         chosen = able if self.arms is None else self.arms
         found: dict[str, Arm] = {}
         for name, arm in arms.items():
-            if name not in chosen:
+            if name == of or name not in chosen:
                 found[name] = arm
-                continue
-            if name == of:
-                found[name] = arm
-            for times in self.times:
-                new, compute = at_budget(name, times), f"{times:g}x {of}"
-                if name == of and times == 1:
-                    continue
-                if new in arms and arms[new].compute != compute:
-                    raise ValueError(f"budgets add an arm `{new}`, but the recipe already has an arm of this name; rename the recipe's arm")
-                found[new] = arm.model_copy(update={"compute": compute, "published": None})
+            if name in chosen:
+                found |= self._at_each_budget(name, of, arms)
         return found
+
+    def _reference(self, arms: dict[str, Arm], able: list[str]) -> str:
+        # the arm that defines the budget 1x; `able` has the names of the arms that can
+        of = self.of or next((name for name in able if len(arms[name].learners) == 1 and len(arms[name].last) == 2), None)
+        if of is not None and of in able:
+            return of
+        missing = "the budget 1x is the compute of an arm `teacher > student`, but there is no such arm"
+        what = f"budgets.of is `{of}`, which defines no budget" if of else missing
+        raise ValueError(
+            f"{what}; set budgets.of to an arm that trains a model and has no `compute` (such arms: {', '.join(able) or 'none'})"
+        )
+
+    def _at_each_budget(self, name: str, of: str, arms: dict[str, Arm]) -> Iterator[tuple[str, Arm]]:
+        # the arm `of` is itself the one at the budget 1x
+        for times in self.times:
+            if name == of and times == 1:
+                continue
+            new, compute = at_budget(name, times), f"{times:g}x {of}"
+            if new in arms and arms[new].compute != compute:
+                raise ValueError(f"budgets add an arm `{new}`, but the recipe already has an arm of this name; rename the recipe's arm")
+            yield new, arms[name].model_copy(update={"compute": compute, "published": None})
 
 
 class BudgetOf(NamedTuple):
