@@ -25,6 +25,7 @@ from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
 from tadistill.plan.remote import check_measured, check_not_run, check_teaching
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import check_entries, check_sources, original_teacher
+from tadistill.plan.training_texts import StudySets
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,8 @@ class _Planner:
         self.ledger = like.ledger if like else ledger or Ledger(recipe)
         self.teacher = original_teacher(recipe) if recipe.analyse else None
         self.tokens = like.tokens if like else StudyTokens(recipe, self.teacher)
-        self.stages = StageBuilder(recipe, self.graph, self.ledger, lambda arm, seed: self._path_of(arm, seed)[-1], self.tokens)
-        if like:
-            self.stages.sets = like.stages.sets
+        sets = like.stages.sets if like else StudySets(recipe)
+        self.stages = StageBuilder(recipe, self.graph, self.ledger, lambda arm, seed: self._path_of(arm, seed)[-1], self.tokens, sets)
         self.budgets = Budgets(recipe, self.stages, self.graph, self._trial)
         self.making: list[str] = []  # arms that are being planned; each sets a temperature for the arm before it
 

@@ -63,8 +63,8 @@ class Budgets:
         """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
         self.recipe, self.stages, self.graph, self.trial = recipe, stages, graph, trial
         self.ledger = stages.ledger
-        self._apart = StageBuilder(recipe, Graph(), stages.ledger, stages.of_arm, stages.tokens)  # the plan may not need its stages
-        self._apart.sets = stages.sets
+        # the plan may not need the stages of this builder
+        self._apart = StageBuilder(recipe, Graph(), stages.ledger, stages.of_arm, stages.tokens, stages.sets)
 
     def of(self, name: str, arm: Arm, done: Mapping[str, "PlannedArm"]) -> Budget:
         """Return the budget of an arm. `done` contains the planned arms that `compute` and `teacher_budget` can name.

@@ -41,10 +41,11 @@ class StageBuilder:
     """Builds a recipe's stages. A method adds a stage unless the graph already has it, and returns the stage's key or the model that the
     stage makes."""
 
-    def __init__(self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens):
+    def __init__(
+        self, recipe: Recipe, graph: Graph, ledger: Ledger, of_arm: Callable[[str, int], Handle], tokens: StudyTokens, sets: StudySets
+    ):
         """`of_arm` is a function that returns the final model of an arm for a seed."""
-        self.recipe, self.graph, self.ledger, self.of_arm, self.tokens = recipe, graph, ledger, of_arm, tokens
-        self.sets = StudySets(recipe)
+        self.recipe, self.graph, self.ledger, self.of_arm, self.tokens, self.sets = recipe, graph, ledger, of_arm, tokens, sets
         self.rows: int | None = None  # the number of training rows; None means all
         self._own: Callable[[str, int], Handle] = cache(lambda name, seed: self._tuned(name, self._untrained(name, seed), seed))
 
