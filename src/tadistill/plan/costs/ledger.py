@@ -195,13 +195,15 @@ class Ledger(SizesAndLengths):
         scores, distribution = objective.needs_scores, objective.needs_distribution
         mixture = isinstance(sampler, samplers.TeacherMixedSampler) and sampler.guided
         lazy = mixture and sampler.plain and self._packs(teacher) and self._packs(name)
-        sampled = (passes.lazy_sampling if lazy else passes.sampling)(answers, _padded(sampler, sampler.chunk), rollouts) * rounds
+        sampling = passes.lazy_sampling if lazy else passes.sampling
+        sampled = sampling(answers, _padded(sampler, sampler.chunk), rollouts) * rounds
         cost.add("rollout/student", sampled)
         if sampler.guided:
             cost.add("rollout/teacher", sampled)
             cost.asked += rollouts * rounds * answers.mean_response
         known = sampler.guided and len(cost.teachers) == 1  # several teachers score in separate passes
         kept = objective.needs_teacher and (known or scores or sampler.inner_epochs > 1)
+        stored = kept and distribution  # the teacher's hidden states, of which only the head runs later
         if kept and not known:
 
             def read(texts: Texts, share: float) -> Work:
@@ -212,12 +214,12 @@ class Ledger(SizesAndLengths):
             cost.asked += rollouts * rounds * answers.of_teacher.mean_response
         if scores and (method.optim.precision == "bf16" or sampler.engine == "vllm"):
             cost.add("scoring/student", cost.reading(answers, sampler.chunk, rollouts) * rounds)
-        cost.train(answers, teacher=distribution and not kept, teacher_head=distribution and kept)
-        if distribution and kept:
+        cost.train(answers, teacher=distribution and not kept, teacher_head=stored)
+        if stored:
             cost.memory.rollouts(rollouts * answers.mean_response)
         # if the teacher's states were not stored, the metrics of rollouts run the teacher again
-        known = (distribution and kept) or bool(answers.seconds and scores)
-        cost.watch(answers, teacher=method.runs_teacher and not known, teacher_head=distribution and kept)
+        again = method.runs_teacher and not stored and not (answers.seconds and scores)
+        cost.watch(answers, teacher=again, teacher_head=stored)
         if isinstance(objective, MiniLLM) and objective.needs_corpus and self.recipe.data.corpus:
             cost.corpus(self.corpus_length, teacher=objective.pt_kd_ratio > 0)
 

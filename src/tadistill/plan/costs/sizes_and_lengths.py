@@ -213,8 +213,17 @@ class SizesAndLengths:
 
     @cached_property
     def corpus_length(self) -> int:
-        """Number of tokens in one row of the plain-text corpus."""
-        return chunk(self.reading)
+        """Number of tokens in one row of the plain-text corpus. It is `data.max_length`, or less if the whole corpus is shorter."""
+        data = self.recipe.data
+        assert data.corpus is not None
+        if data.corpus.load not in tinyworld.SPLITS:
+            return data.max_length  # counting its tokens could need the network
+        tokenizer, total = StandIn(self.reading), 0
+        for text in texts(data.corpus, data.world, data.root):
+            total += len(tokenizer.ids([text])[0]) + 1
+            if total >= data.max_length:
+                return data.max_length
+        return total
 
 
 def read_lengths(
@@ -311,17 +320,3 @@ def count_first_rows(
 def most_counted(role: str) -> int:
     """Return the largest number of rows of a split that `count_first_rows` reads."""
     return SAMPLE if role == "train" else _COUNTED
-
-
-def chunk(recipe: Recipe) -> int:
-    """Return the number of tokens in one row of the plain-text corpus. It is `max_length`, or less if the whole corpus is shorter."""
-    data = recipe.data
-    assert data.corpus is not None
-    if data.corpus.load not in tinyworld.SPLITS:
-        return data.max_length  # counting its tokens could need the network
-    tokenizer, total = StandIn(recipe), 0
-    for text in texts(data.corpus, data.world, data.root):
-        total += len(tokenizer.ids([text])[0]) + 1
-        if total >= data.max_length:
-            return data.max_length
-    return total
