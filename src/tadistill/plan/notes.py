@@ -1,18 +1,16 @@
-"""The sentences below the tables of `tadistill plan`, those about numbers of a study that are not exact, and the words for phases.
+"""The sentences below the tables of `tadistill plan`, and those about numbers of a study that are not exact.
 
 A loss is not exact if a server or a recording has only a part of a teacher's distribution, or if the teacher has another tokenizer than the
 student. FLOPs are not complete if a teacher is behind an API.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import product
-from typing import Any
 
 from rich.markup import escape
 
-from tadistill.config import Method
 from tadistill.config.arm import flat
 from tadistill.config.data import DataRef, drawn_text
 from tadistill.config.objective import Gold, MiniLLM, Uld
@@ -30,7 +28,7 @@ from tadistill.plan.graph import behind, total_flops
 from tadistill.plan.inputs import Loaded
 from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
 from tadistill.plan.paths import contexts_of, lossy_steps
-from tadistill.plan.phases import PlannedPhase
+from tadistill.plan.phases import phases_text
 from tadistill.plan.remote import asked_notes, served_notes
 from tadistill.plan.task import layout, name_of, trainings, vllm_stages
 from tadistill.plan.throughput import Speeds
@@ -316,35 +314,3 @@ def _over_spans(spec: DistillSpec, teacher: str) -> str:
         "(cells); inside a span, it compares the probabilities of the next byte; the loss is exact only if each model gives no probability "
         "to tokenisations that its own tokenizer would not make"
     )
-
-
-# --- phases in words ------------------------------------------------------------------------------------------------------
-
-
-def phases_text(phases: Sequence[PlannedPhase]) -> str:
-    """Return the phases in words, such as `cross_entropy (teacher) 30 %, then reverse_kl (student) 70 %`. A single phase has no
-    percentage."""
-    texts = [f"{method.objective.label} ({method.sampler.label})" for method, _ in phases]
-    if len(phases) == 1:
-        return texts[0]
-    every = zip(texts, phases, own_settings(phases), strict=True)
-    return ", then ".join(f"{text}{f', {own},' if own else ''} {100 * phase.share:.3g} %" for text, phase, own in every)
-
-
-def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
-    """Return a text for each phase, such as `lr 0.001`. It has the settings in which the phase differs from other phases that have the same
-    types of objective and sampler."""
-    kinds = [(method.objective.type, method.sampler.type) for method, _ in phases]
-    settings = [_settings(method) for method, _ in phases]
-    found = []
-    for kind, own in zip(kinds, settings, strict=True):
-        alike = [other for of_other, other in zip(kinds, settings, strict=True) if of_other == kind]
-        names = [name for name in own if any(other[name] != own[name] for other in alike)]
-        found.append(", ".join(f"{name} {own[name]}" for name in names))
-    return found
-
-
-def _settings(method: Method) -> dict[str, Any]:
-    parts = (method.objective, method.sampler, method.optim)
-    found = {name: value for part in parts for name, value in part.model_dump().items() if name not in ("steps", "warmup")}
-    return found | {"ema": "none" if method.ema is None else method.ema}

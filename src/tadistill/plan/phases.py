@@ -1,10 +1,11 @@
-"""The phases of a distillation: the method of each phase, its number of updates, and its position in an arm.
+"""The phases of a distillation: the method of each phase, its number of updates, its position in an arm, and the words for it.
 
 A distillation without `phases` counts as one phase. Each phase gets its share of the updates, rounded to a whole number of rounds
 (sampling, then updates). If rounding gives a phase too many updates, the next phase gets fewer.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tadistill.config import Arm, Method, Recipe
 from tadistill.config.method import PARTS, MethodPatch
@@ -135,3 +136,34 @@ def _check_effects(recipe: Recipe, model: str, arm: Arm, method: Method) -> None
 def _base(recipe: Recipe, model: str, patch: MethodPatch) -> Method:
     patches = (recipe.models[model].distill, patch)
     return apply(recipe.method.model_copy(update={"phases": None}), *(each.model_copy(update={"phases": None}) for each in patches))
+
+
+# --- in words -------------------------------------------------------------------------------------------------------------
+
+
+def phases_text(phases: Sequence[PlannedPhase]) -> str:
+    """Return the phases in words, such as `cross_entropy (teacher) 30 %, then reverse_kl (student) 70 %`. A single phase has no
+    percentage."""
+    texts = [f"{method.objective.label} ({method.sampler.label})" for method, _ in phases]
+    if len(phases) == 1:
+        return texts[0]
+    every = zip(texts, phases, own_settings(phases), strict=True)
+    return ", then ".join(f"{text}{f', {own},' if own else ''} {100 * phase.share:.3g} %" for text, phase, own in every)
+
+
+def own_settings(phases: Sequence[PlannedPhase]) -> list[str]:
+    """Return a text for each phase, such as `lr 0.001`. It has the settings in which the phase differs from other phases that have the same
+    types of objective and sampler."""
+    settings = [((method.objective.type, method.sampler.type), _settings(method)) for method, _ in phases]
+    found = []
+    for types, own in settings:
+        alike = [other for of_other, other in settings if of_other == types]
+        names = [name for name in own if any(other[name] != own[name] for other in alike)]
+        found.append(", ".join(f"{name} {own[name]}" for name in names))
+    return found
+
+
+def _settings(method: Method) -> dict[str, Any]:
+    parts = (method.objective, method.sampler, method.optim)
+    found = {name: value for part in parts for name, value in part.model_dump().items() if name not in ("steps", "warmup")}
+    return found | {"ema": "none" if method.ema is None else method.ema}

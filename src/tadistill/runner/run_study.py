@@ -22,8 +22,9 @@ from tadistill.models.sources import fetch_part, locate_part, needed_part
 from tadistill.plan.arms import Plan, PlannedArm, make_plan
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
-from tadistill.plan.notes import approximations, own_settings, phases_text, seen_notes
+from tadistill.plan.notes import approximations, seen_notes
 from tadistill.plan.paths import lossy_steps
+from tadistill.plan.phases import own_settings, phases_text
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.runner.local import keep_report, own_folder, planning
 from tadistill.runner.schedule import check_first, run_stages
