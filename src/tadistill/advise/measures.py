@@ -25,7 +25,7 @@ from tadistill.errors import ConfigError, StoreError
 from tadistill.models.shapes import COUNTED
 from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
-from tadistill.plan.task import original_teacher
+from tadistill.plan.paths import original_teacher
 from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
 from tadistill.search.strategies import ModelPath, path_name
 from tadistill.store import Store

@@ -20,11 +20,11 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle, is_served
-from tadistill.plan.paths import check_compared, check_edge, check_itself, check_route, check_sizes, teaching
+from tadistill.plan.paths import check_compared, check_edge, check_itself, check_route, check_sizes, original_teacher, teaching
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
 from tadistill.plan.remote import check_measured, check_not_run, check_teaching
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import check_entries, check_sources, original_teacher
+from tadistill.plan.task import check_entries, check_sources
 from tadistill.plan.training_texts import StudySets
 
 

@@ -27,8 +27,7 @@ from tadistill.plan.builder import StageBuilder
 from tadistill.plan.graph import Graph, Stage, behind, with_ancestors
 from tadistill.plan.inputs import FromStage
 from tadistill.plan.kinds import DistillSpec, SftSpec, TrainingSpec
-from tadistill.plan.paths import given_teachers
-from tadistill.plan.task import original_teacher
+from tadistill.plan.paths import given_teachers, original_teacher
 from tadistill.text import form
 
 if TYPE_CHECKING:

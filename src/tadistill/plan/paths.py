@@ -1,4 +1,4 @@
-"""Checks of an arm's path, such as `A > B > C`, and of the models that teach in it.
+"""Checks of an arm's path, such as `A > B > C`, and of the models that teach in it; and which of them is the original teacher.
 
 A path begins with a route if several models teach its first student, each on some of the training sets.
 
@@ -28,7 +28,6 @@ from tadistill.config.recipe import distillations
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
 from tadistill.plan.inputs import BehindApi, Encoding, Handle, RandomWeights, is_served
-from tadistill.plan.task import original_teacher
 
 if TYPE_CHECKING:
     from tadistill.plan.builder import StageBuilder
@@ -56,6 +55,26 @@ def with_parents(recipe: Recipe, names: Iterable[str]) -> set[str]:
             found.add(at)
             at = recipe.models[at].parent
     return found
+
+
+def original_teacher(recipe: Recipe) -> str | None:
+    """Return the original teacher, with which the report compares students. Return None if no path has a teacher.
+
+    It is the recipe's `teacher`, or else the first model of all paths. Paths whose first model is trained by another path are ignored.
+
+    Raises:
+        ConfigError: the paths start from different models.
+    """
+    if recipe.teacher:
+        return recipe.teacher
+    taught = {model for arm in recipe.arms.values() for model in arm.learners}
+    starts = dict.fromkeys(name for arm in recipe.arms.values() for path in arm.path if len(path) > 1 for name in members(path[0]))
+    heads = [name for name in starts if name not in taught]
+    if len(heads) > 1:
+        raise ConfigError(
+            f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"
+        )
+    return heads[0] if heads else None
 
 
 def given_teachers(recipe: Recipe, arm: Arm, like: Arm) -> set[str]:

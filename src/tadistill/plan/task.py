@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from tadistill.config import Recipe
-from tadistill.config.arm import members
 from tadistill.config.common import DTYPES, Decoding
 from tadistill.config.machine import Resources, Vllm, entries_of, given_resources
 from tadistill.data import survey
@@ -249,26 +248,6 @@ def layout(recipe: Recipe, stage: Stage) -> Resources:
             f"{stage.label}: `resources` has parallel: fsdp, but `lora` needs whole weights in each process; set parallel: ddp"
         )
     return given
-
-
-def original_teacher(recipe: Recipe) -> str | None:
-    """Return the original teacher, with which the report compares students. Return None if no path has a teacher.
-
-    It is the recipe's `teacher`, or else the first model of all paths. Paths whose first model is trained by another path are ignored.
-
-    Raises:
-        ConfigError: the paths start from different models.
-    """
-    if recipe.teacher:
-        return recipe.teacher
-    taught = {model for arm in recipe.arms.values() for model in arm.learners}
-    starts = dict.fromkeys(name for arm in recipe.arms.values() for path in arm.path if len(path) > 1 for name in members(path[0]))
-    heads = [name for name in starts if name not in taught]
-    if len(heads) > 1:
-        raise ConfigError(
-            f"the arms' paths start from different models ({', '.join(heads)}); set `teacher:` to the model that students are compared with"
-        )
-    return heads[0] if heads else None
 
 
 # --- vLLM -----------------------------------------------------------------------------------------------------------------

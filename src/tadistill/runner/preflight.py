@@ -25,8 +25,9 @@ from tadistill.models.tokens import check_same_tokenizer, vocabulary
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage, with_ancestors
 from tadistill.plan.inputs import plan_tasks
+from tadistill.plan.paths import original_teacher
 from tadistill.plan.study_tokens import StudyTokens
-from tadistill.plan.task import host_bytes, layout, original_teacher, process_bytes, trainings, uses_vllm, vllm_stages
+from tadistill.plan.task import host_bytes, layout, process_bytes, trainings, uses_vllm, vllm_stages
 from tadistill.plan.throughput import cores
 from tadistill.runner import schedule
 from tadistill.runner.data_checks import Read, check_readable, check_texts, read_splits, rows_notes, script_notes
