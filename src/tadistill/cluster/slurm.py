@@ -220,7 +220,7 @@ def cancel(ids: Iterable[str]) -> None:
         )
 
 
-def _squeue(*options: str, strict: bool = True) -> dict[str, Entry]:
+def _squeue(*options: str, strict: bool) -> dict[str, Entry]:
     out = output_of("squeue", "--noheader", "--array", "--format=%i|%T|%M|%j|%r", *options)
     if out is None:
         if strict:

@@ -45,10 +45,10 @@ class PlannedArm:
     """Keys of the evaluations with another decoding (`evaluate.also`), by the decoding's name and by seed."""
     flops: float | None
     """Training FLOPs of the final model and all models from which it was made, for one seed. None if a size is not known."""
-    asked: float | None = None
+    asked: float | None
     """Number of answer tokens that the original teacher writes or scores for the final model and all models from which it was made, for one
     seed. None if it is not known."""
-    of_budget: float | None = None
+    of_budget: float | None
     """The arm's FLOPs divided by those that its `compute` sets, without the original teacher's own training. None if it has no `compute`,
     or if FLOPs are not known."""
 

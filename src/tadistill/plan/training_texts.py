@@ -161,9 +161,8 @@ def _answers(
 ) -> Output:
     # `seeds`: the seed with which the answers are sampled, and the seed in the stage's label
     (name, handle), (seed, shown) = model, seeds
-    decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
     how = stages.only_runs(name) | {"data": stages.encoding(name, context=context), "as_teacher": as_teacher}
-    spec = kinds.GenerateSpec(**how, teacher=handle, sampler=decoding, seed=seed, **stages.training(sets))
+    spec = kinds.GenerateSpec(**how, teacher=handle, sampler=_decoding(sampler), seed=seed, **stages.training(sets))
     return Output(stage=stages.add(spec, f"generate with {name}{on_sets(sets)}, seed {shown}", name, shown))
 
 
@@ -172,8 +171,7 @@ def _asked(
 ) -> Output:
     (name, handle), seed = teacher, stages.seed(teacher[0], seed)
     assert isinstance(handle, BehindApi)
-    decoding = Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
-    data = stages.recipe.data
+    decoding, data = _decoding(sampler), stages.recipe.data
     rules = {name: getattr(data, name) for name in ("world", "thinking", "max_prompt", "max_length")}
     messages = Encoding(template="chat", context=context, **rules)
     drawn = None if decoding.temperature == 0 else seed  # without randomness, all seeds have the same answers
@@ -182,6 +180,11 @@ def _asked(
     answers = Output(stage=stages.add(asked, f"ask {name}{'' if drawn is None else f', seed {seed}'}", name, shown))
     label = f"answers of {name}, tokenised for {learner}{'' if drawn is None else f', seed {seed}'}"
     return _retokenised(stages, answers, learner, label, shown)
+
+
+def _decoding(sampler: Decoding) -> Decoding:
+    # without the settings of a sampler that are not about decoding
+    return Decoding(**sampler.model_dump(include=set(Decoding.model_fields)))
 
 
 def _taught(stages: "StageBuilder", teacher: tuple[str, Handle], learner: str, method: Method, seed: int, sets: Sequence[str]) -> Output:

@@ -24,7 +24,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 class Stopped(KeyboardInterrupt):
     """Exception that is raised when Ctrl-C or another signal asks the command to stop."""
 
-    def __init__(self, received: signal.Signals = signal.SIGINT):
+    def __init__(self, received: signal.Signals):
         super().__init__(f"stopped by {received.name}")
         self.received = received
 

@@ -152,7 +152,7 @@ def largest(values: Sequence[float], draws: int, *, power: int = 1) -> float:
     return total
 
 
-def _longest(texts: Texts, rows: int, drawn: float, *, power: int = 1) -> float:
+def _longest(texts: Texts, rows: int, drawn: float, *, power: int) -> float:
     # the expected value of (length of the longest of `rows` inputs) ** power. The inputs are a random part of `drawn` sequences, in which
     # each set has its share.
     values = [total - 1 for total in texts.totals]
@@ -174,7 +174,7 @@ _CALLS = 1.5  # padding factor of attention in `rollout.teacher_mixed_fast`: eac
 
 
 @lru_cache
-def training_batch(texts: Texts, rows: int, *, packed: bool = False, drawn: float = 0.0) -> tuple[Work, float]:
+def training_batch(texts: Texts, rows: int, *, packed: bool, drawn: float = 0.0) -> tuple[Work, float]:
     """Return the work of a model on one batch of `rows` shuffled sequences, and the number of padding positions in the batch.
 
     Sequences are padded to the longest one, as in `models.forward.Reader.hidden`, unless they are `packed`. The last token of a sequence is

@@ -51,7 +51,7 @@ class Described:
 class TrainingMemory:
     """Adds up the memory of one training. Its methods add parts, and `total` returns the sum."""
 
-    def __init__(self, student: Described, teachers: tuple[Described, ...], optim: Optim, adapters: Adapters | None, processes: int = 1):
+    def __init__(self, student: Described, teachers: tuple[Described, ...], optim: Optim, adapters: Adapters | None, processes: int):
         """`student.size` includes the adapters. The memory is that of one of `processes` processes, which share each batch."""
         self.student, self.teachers, self.adapters, self.processes = student, teachers, adapters, processes
         batch = self.own(optim.batch)
@@ -177,9 +177,9 @@ class TrainingCost:
         teachers: tuple[Described, ...],
         optim: Optim,
         *,
+        adapters: Adapters | None,
+        processes: int,
         drop: float = 0.0,
-        adapters: Adapters | None = None,
-        processes: int = 1,
     ):
         """With several teachers, an update leaves out each one with probability `drop`. If `adapters` are given, only they are trained.
 
