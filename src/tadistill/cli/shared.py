@@ -202,9 +202,10 @@ def report_study(study: Path, store: Store, terminal: Terminal) -> None:
 
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
+    from tadistill.metrics import MEAN
     from tadistill.report.analysis import student_of
     from tadistill.report.answer import next_seeds
-    from tadistill.results.collect import MEAN, primary_metric
+    from tadistill.results.collect import primary_metric
 
     if results.missing:
         yield results.plan.command, "Run what is missing"

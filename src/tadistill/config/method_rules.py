@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tadistill.config.common import Decoding, Strict
+from tadistill.config.common import Decoding, Divergence, Strict
 from tadistill.config.method import PARTS, Method, MethodPatch
 from tadistill.config.method_parts import Optim
-from tadistill.config.objective import Divergence, ForwardKL, Gold, MiniLLM, TopKForwardKL, TopKReverseKL
+from tadistill.config.objective import ForwardKL, Gold, MiniLLM, TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import HiddenSignal, OnPolicy, ReplaySampler, Rounds, SampledSignal, TeacherMixedSampler, TopKSignal
 from tadistill.errors import ConfigError, about
 

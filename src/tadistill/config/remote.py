@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from tadistill.config.common import MOST, Decoding, Strict, Variable, is_http_address
+from tadistill.config.common import MOST, Decoding, Divergence, Strict, Variable, is_http_address
 from tadistill.config.method import Method
-from tadistill.config.objective import Divergence, TopKForwardKL, TopKReverseKL
+from tadistill.config.objective import TopKForwardKL, TopKReverseKL
 from tadistill.config.sampling import TopKSignal
 from tadistill.errors import ConfigError
 

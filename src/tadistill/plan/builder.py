@@ -7,8 +7,7 @@ from typing import Any
 
 from tadistill.config import Evaluate, Method, Recipe, Sft
 from tadistill.config.arm import teachers_of
-from tadistill.config.method import Optim, Select
-from tadistill.config.method_parts import TeacherContext
+from tadistill.config.method_parts import Optim, Select, TeacherContext
 from tadistill.config.method_rules import over_spans
 from tadistill.data.tinyworld import TOKENIZERS
 from tadistill.errors import ConfigError, NotHere, about

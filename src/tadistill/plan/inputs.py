@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, Field
 
 from tadistill.config import DataRef, Evaluate, Recipe
-from tadistill.config.common import Decoding, Strict
+from tadistill.config.common import Decoding, ObjectiveBase, Strict
 from tadistill.config.data import LongText, Template, Thinking, Turns, World
 from tadistill.config.evaluate import TASK_FILE
-from tadistill.config.method import Optim, Select
-from tadistill.config.method_parts import TeacherContext
-from tadistill.config.objective import Custom, ObjectiveBase
+from tadistill.config.method_parts import Optim, Select, TeacherContext
+from tadistill.config.objective import Custom
 from tadistill.config.remote import Api, Serve
 from tadistill.config.sampling import StudentSampler, TeacherSampler, TopKSignal
 from tadistill.data.datasets import Known, SplitRows

@@ -1,14 +1,14 @@
 """The kinds of stages. Each kind is a frozen class, whose fields contain everything that changes the stage's results.
 
-A class also has the version of its kind, the name of the function that runs it, and two flags: `trains` and `measures`. `KINDS` lists all
-kinds. A new kind needs a class here, a function in `tadistill.stages`, and a call in `plan.builder` or `plan.arms`.
+`KINDS` lists all kinds. A new kind needs a class here, a function in `tadistill.stages`, and a call in `plan.builder` or `plan.arms`.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from tadistill.config import Evaluate, Method, Optim
 from tadistill.config.common import Decoding, Precision
-from tadistill.config.method import PARTS, Dense, Select
+from tadistill.config.method import PARTS
+from tadistill.config.method_parts import Dense, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import CrossEntropy, Objective
 from tadistill.config.sampling import OnPolicy, Rounds, Sampler, Signal

@@ -22,8 +22,9 @@ from tadistill.data.turns import without_thinking
 from tadistill.errors import ConfigError, about
 from tadistill.models.chat_api import estimated_tokens
 from tadistill.plan.costs import Ledger
+from tadistill.plan.graph import Spec
 from tadistill.plan.inputs import Handle, Loaded
-from tadistill.plan.kinds import AnalyseSpec, AskSpec, DistillSpec, SignalSpec, Spec
+from tadistill.plan.kinds import AnalyseSpec, AskSpec, DistillSpec, SignalSpec
 from tadistill.rollout.api_teacher import Request, requests
 from tadistill.store import Store
 from tadistill.text import counted, form

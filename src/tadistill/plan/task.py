@@ -18,9 +18,9 @@ from tadistill.errors import ConfigError, Gathering
 from tadistill.models import sources
 from tadistill.models.flops_and_memory import TOKENIZER_BYTES, Memory, weight_bytes
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Stage
+from tadistill.plan.graph import Spec, Stage
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, is_served
-from tadistill.plan.kinds import KINDS, DistillSpec, Spec, TrainingSpec
+from tadistill.plan.kinds import KINDS, DistillSpec, TrainingSpec
 from tadistill.store import Store
 
 if TYPE_CHECKING:

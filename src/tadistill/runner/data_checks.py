@@ -8,14 +8,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import DataRef, Recipe
-from tadistill.config.method import Select
+from tadistill.config.method_parts import Select
 from tadistill.config.recipe import methods, sampled_tokens, trains
 from tadistill.data import datasets, survey
 from tadistill.data.answers import RULES
 from tadistill.data.batch import chunks
 from tadistill.data.datasets import SplitRows
-from tadistill.data.encoding import Counts, adds_bos, encode
-from tadistill.data.encoding_rules import Rules
+from tadistill.data.encoding import adds_bos, encode
+from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.token_cache import Longest, glance, keep
 from tadistill.errors import ConfigError, DataError, ModelError
 from tadistill.evaluation.text_scores import UNSEEN

@@ -20,8 +20,8 @@ from multiprocessing.connection import Connection, wait
 
 from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
 from tadistill.models.flops_and_memory import visible_gpus
-from tadistill.plan.arms import Plan, Stage
-from tadistill.plan.graph import longest_chains
+from tadistill.plan.arms import Plan
+from tadistill.plan.graph import Stage, longest_chains
 from tadistill.plan.notes import off_budget, seen_notes
 from tadistill.plan.task import make_task
 from tadistill.plan.throughput import cores

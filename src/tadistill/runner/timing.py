@@ -31,7 +31,7 @@ from tadistill.models.parameter_counts import Work, forward_flops
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan
 from tadistill.plan.costs import Ledger
-from tadistill.plan.graph import Graph, OnTrainingSets, Stage, longest_chains
+from tadistill.plan.graph import Graph, OnTrainingSets, Spec, Stage, longest_chains
 from tadistill.plan.inputs import BehindApi, FromStage, Handle, Loaded, Output, Split
 from tadistill.plan.kinds import (
     AnalyseSpec,
@@ -43,7 +43,6 @@ from tadistill.plan.kinds import (
     ProbeSpec,
     RetokeniseSpec,
     SignalSpec,
-    Spec,
     TemperSpec,
     TrainingSpec,
 )

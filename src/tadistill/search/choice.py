@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tadistill.config import Recipe
-from tadistill.config.arm import path_text
+from tadistill.config.arm import ModelPath, path_text
 from tadistill.config.common import LONGEST_NAME
 from tadistill.config.recipe_files import data_sets
 from tadistill.data import tinyworld
@@ -25,7 +25,7 @@ from tadistill.disk import write_json, write_text
 from tadistill.plan.paths import with_parents
 from tadistill.plan.task import split_entry
 from tadistill.runner.local import SEARCH
-from tadistill.search.strategies import ModelPath, Round, path_name
+from tadistill.search.strategies import Round, path_name
 from tadistill.statistics import expected_best_of, undominated
 from tadistill.text import counted
 

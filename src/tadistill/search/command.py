@@ -12,8 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from tadistill.config import Arm, Method, Recipe
-from tadistill.config.arm import path_text
-from tadistill.config.method import MethodPatch, Optim, Select
+from tadistill.config.arm import ModelPath, path_text
+from tadistill.config.method import MethodPatch
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.method_rules import apply
 from tadistill.config.recipe import Search
 from tadistill.config.recipe_files import placed
@@ -29,7 +30,7 @@ from tadistill.runner.run_study import fetch_models
 from tadistill.runner.schedule import check_first, run_stages
 from tadistill.search import strategies
 from tadistill.search.choice import Choice, Tried, choice_notes, choice_table, write_choice
-from tadistill.search.strategies import Lattice, ModelPath, Round, Strategy, count_paths, drive, make_lattice, path_name
+from tadistill.search.strategies import Lattice, Round, Strategy, count_paths, drive, make_lattice, path_name
 from tadistill.store import Store, store_of
 from tadistill.terminal import Terminal
 from tadistill.text import counted

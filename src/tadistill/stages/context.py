@@ -15,8 +15,8 @@ from tadistill import rng
 from tadistill.config.common import DTYPES
 from tadistill.data.batch import Sequence, chunks, references
 from tadistill.data.datasets import SplitRows
-from tadistill.data.encoding import Counts, EvalSet, encoded_set
-from tadistill.data.encoding_rules import Rules
+from tadistill.data.encoding import EvalSet, encoded_set
+from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.rows import Example
 from tadistill.data.survey import LARGE, texts
 from tadistill.data.token_cache import keep
@@ -36,6 +36,7 @@ from tadistill.models.shapes import resized, shape_of
 from tadistill.models.sharding import offload, shard
 from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.models.tokens import end_tokens, shared_vocabulary
+from tadistill.plan.graph import Spec
 from tadistill.plan.inputs import (
     BehindApi,
     Dev,
@@ -52,7 +53,7 @@ from tadistill.plan.inputs import (
     Tempered,
     TokenizerFiles,
 )
-from tadistill.plan.kinds import Spec, TrainingSpec
+from tadistill.plan.kinds import TrainingSpec
 from tadistill.plan.task import Task
 from tadistill.rollout.decoder import slower
 from tadistill.rollout.engine import Engine, Native

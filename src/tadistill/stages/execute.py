@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tadistill.errors import ConfigError, Interrupted, StageFailed, TadistillError
 from tadistill.models.architectures import is_full
 from tadistill.models.forward import attention_for_any_shape
-from tadistill.plan.kinds import Spec
+from tadistill.plan.graph import Spec
 from tadistill.plan.task import Task
 from tadistill.stages.context import Context, Progress, own_device
 from tadistill.store import Store

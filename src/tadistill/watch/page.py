@@ -22,7 +22,7 @@ from tadistill.cluster.status import BAD
 from tadistill.errors import StoreError
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.plan.graph import without_seed
-from tadistill.runner.local import spoken
+from tadistill.plan.throughput import spoken
 from tadistill.text import visible
 from tadistill.watch.logs import Point, TrainingLog, thinned
 from tadistill.watch.machine import Use

@@ -13,7 +13,7 @@ from tadistill.config import Method
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding, Divergence
 from tadistill.config.machine import given_resources
-from tadistill.config.method import Optim, Select
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
 from tadistill.models.flops_and_memory import Cost, CostPart, Disk, Memory, weight_bytes

@@ -15,8 +15,8 @@ from tadistill.config.method_parts import TeacherContext
 from tadistill.config.recipe import sampled_tokens
 from tadistill.constants import PACKED_FAMILIES
 from tadistill.data import datasets, hub, tinyworld
-from tadistill.data.encoding import Counts, Encoded, encode
-from tadistill.data.encoding_rules import Rules, of_one_turn
+from tadistill.data.encoding import Encoded, encode
+from tadistill.data.encoding_rules import Counts, Rules, of_one_turn
 from tadistill.data.survey import SAMPLE, Survey, survey, texts
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import parameter_counts, shapes

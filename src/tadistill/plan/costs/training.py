@@ -10,7 +10,7 @@ from typing import Any
 
 from tadistill.config import Method
 from tadistill.config.common import DTYPES
-from tadistill.config.method import Optim
+from tadistill.config.method_parts import Optim
 from tadistill.constants import LOG_POINTS, TILE_ROWS, WATCH_EVERY, WATCHED_ROWS
 from tadistill.models.flops_and_memory import Cost, CostPart, Memory, kept_by_layer, weight_bytes
 from tadistill.models.parameter_counts import Adapters, Size, Work, forward_flops, tied, training_flops, with_adapters
