@@ -5,7 +5,6 @@ study.rows                                              # every number, as in re
 model, tokenizer = tadistill.load_student(study, "assistant-starts")
 """
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -22,7 +21,7 @@ from tadistill.plan import preview
 from tadistill.plan.arms import make_plan
 from tadistill.report import write_report
 from tadistill.results.study import find_study, load_plan, trained_model
-from tadistill.runner.run_study import evaluation_recipe, run_study
+from tadistill.runner.run_study import evaluation_command, evaluation_recipe, run_study
 from tadistill.store import runs_directory, store_of
 from tadistill.terminal import Terminal
 from tadistill.text import shown
@@ -97,12 +96,11 @@ def compare(
     if not numbers or len(numbers) < len(given):
         raise ConfigError(f"`seeds` is {shown(seeds)}; give a list of numbers, for instance [10]")
     text = evaluation_recipe(sources, sets, seeds=numbers, teacher=teacher)
-    chosen = [part for item in checked(overrides) for part in ("--set", item)] + (["--teacher", teacher] if teacher else [])
-    where = ["--runs", str(runs)] if runs else []
-    command = ["tadistill", "compare", *sources, "--on", ",".join(sets), "--seeds", ",".join(map(str, numbers)), *chosen, *where]
+    seeds_text, settings = ",".join(map(str, numbers)), checked(overrides)
+    command = evaluation_command(sources, ",".join(sets), seeds_text, teacher=teacher, settings=settings, runs=runs)
     root = runs_directory(runs)
-    loaded = parse(yaml.safe_load(text), overrides, source="tadistill.compare")  # as data: messages name no line of this text
-    return _reported(run_study(loaded, runs=root, recipe_text=text, command=shlex.join(command)), root)
+    loaded = parse(yaml.safe_load(text), settings, source="tadistill.compare")  # as data: messages name no line of this text
+    return _reported(run_study(loaded, runs=root, recipe_text=text, command=command), root)
 
 
 def load_student(

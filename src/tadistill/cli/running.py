@@ -206,7 +206,7 @@ def _evaluate(
 ) -> Path:
     """Evaluate models, and return the study's directory. `measured` has the values of --on and --tasks."""
     from tadistill.config import parse
-    from tadistill.runner.run_study import SUITE, evaluation_recipe
+    from tadistill.runner.run_study import SUITE, evaluation_command, evaluation_recipe
 
     tasks = measured[1]
     on = measured[0] if measured[0] is not None else "" if tasks else ",".join(SUITE)
@@ -214,11 +214,9 @@ def _evaluate(
     if not numbers or not all(part.isdecimal() for part in numbers):
         raise ConfigError(f"--seeds is `{seeds}`; give whole numbers separated by commas, for instance 10,20,30")
     text = evaluation_recipe(models, _sets(on), seeds=[int(n) for n in numbers], teacher=teacher, tasks=_sets(tasks))
-    chosen = [part for option in settings or [] for part in ("--set", option)] + (["--teacher", teacher] if teacher else [])
-    verb = ["tadistill", "eval" if len(models) == 1 else "compare", *models]
-    what = [*(["--on", on] if on else []), *(["--harness", "lm-eval", "--tasks", tasks] if tasks else [])]
-    command = shlex.join([*verb, *what, "--seeds", seeds, *chosen, *runs_option(runs)])
-    loaded = parse(yaml.safe_load(text), settings or [], source=" ".join(verb[:2]))  # as data: messages name no line of this text
+    command = evaluation_command(models, on, seeds, teacher=teacher, settings=settings or [], runs=runs, tasks=tasks)
+    source = " ".join(command.split()[:2])
+    loaded = parse(yaml.safe_load(text), settings or [], source=source)  # as data: messages name no line of this text
     return run_and_report(loaded, text, command, runs_directory(runs), terminal)
 
 

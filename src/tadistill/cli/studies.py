@@ -3,8 +3,6 @@ Commands for the runs directory: list, clean."""
 
 import contextlib
 import os
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from tadistill.cli.shared import (
     interruptible,
     read_recipe,
     report_study,
+    this_command,
 )
 from tadistill.disk import from_home
 from tadistill.errors import ConfigError, NotPlanned, TadistillError
@@ -169,9 +168,9 @@ def judge(
         "limit": limit,
     }
     chosen = read_settings(Judge, options, settings or [], source="tadistill judge")
-    confirm, command = (lambda _: True) if yes else typer.confirm, shlex.join(["tadistill", *sys.argv[1:]])
+    confirm = (lambda _: True) if yes else typer.confirm
     with interruptible(kept="the replies are kept. Run the same command again to continue"):
-        commands.judge(study, chosen, runs=runs, console=console, confirm=confirm, command=command)
+        commands.judge(study, chosen, runs=runs, console=console, confirm=confirm, command=this_command())
 
 
 @app.command()
@@ -200,7 +199,7 @@ def human(
                 "with filled-in sheets, only --name and --runs can be used; remove the other options, which are for writing a new sheet"
             )
         files = [from_home(file, "the sheet") for file in files]
-        commands.read_sheets(study, files, runs=runs, console=console, command=shlex.join(["tadistill", *sys.argv[1:]]), name=name)
+        commands.read_sheets(study, files, runs=runs, console=console, command=this_command(), name=name)
         return
     options = {"name": name, "arms": arm or [], "sets": comma_separated(on), "limit": limit, "reference": reference, "seed": seed}
     sheet = read_settings(BlindSheet, options, (), source="tadistill human")
@@ -279,7 +278,7 @@ def submit(
         submit_recipe(
             read_recipe(recipe, overrides),
             text=read(recipe)[0],
-            command=shlex.join(["tadistill", *sys.argv[1:]]),
+            command=this_command(),
             cluster=cluster,
             account=account,
             runs=runs_directory(runs),

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -304,6 +305,18 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     if teacher:
         content["teacher"] = names[[*map(_place, sources)].index(_place(teacher))]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def evaluation_command(
+    models: Seq[str], on: str, seeds: str, *, teacher: str | None, settings: Seq[str], runs: str | Path | None, tasks: str = ""
+) -> str:
+    """Return the command that evaluates models as `evaluation_recipe` does. Sets, seeds and tasks are texts, separated by commas."""
+    found = ["tadistill", "eval" if len(models) == 1 else "compare", *models]
+    found += ["--on", on] if on else []
+    found += ["--harness", "lm-eval", "--tasks", tasks] if tasks else []
+    found += ["--seeds", seeds, *(part for setting in settings for part in ("--set", setting))]
+    found += ["--teacher", teacher] if teacher else []
+    return shlex.join(found + (["--runs", str(runs)] if runs else []))
 
 
 def _place(model: str) -> str:
