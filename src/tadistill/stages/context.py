@@ -89,6 +89,9 @@ class Context(Generic[AnySpec]):
         self.counts: dict[tuple[str, str], Counts] = {}
         """Counts of kept, cut and left-out rows of each encoded split, by its role (train, dev, test) and name."""
 
+    def _prepares(self, text: str) -> None:
+        self.progress(0, self.spec.steps or 1, text)
+
     # --- models ---------------------------------------------------------------------------------------------------------
 
     @property
@@ -103,7 +106,7 @@ class Context(Generic[AnySpec]):
 
         The default device is the device of this process.
         """
-        self.progress(0, self.task.spec.steps or 1, "loading model")
+        self._prepares("loading model")
         device, world = device or self.device, self.spec.data.world.model_dump()
         match handle:
             case FromStage():
@@ -226,7 +229,7 @@ class Context(Generic[AnySpec]):
             contexts: True adds the prompts that only the teacher reads, if the stage has a `context`.
             data: rules of encoding (default: those of the stage).
         """
-        self.progress(0, self.task.spec.steps or 1, f"reading {split.ref.name}")
+        self._prepares(f"reading {split.ref.name}")
         data, name = data or self.spec.data, split.ref.name
         rules = Rules.of(data, split.role, bos=data.bos, context=data.context if contexts else None)
         called = f"data set `{name}`"
@@ -259,7 +262,7 @@ class Context(Generic[AnySpec]):
             yield rows
 
     def _tokenised(self, total: int, done: int) -> None:
-        self.progress(0, self.task.spec.steps or 1, f"{done:,} of {total:,} rows tokenised")
+        self._prepares(f"{done:,} of {total:,} rows tokenised")
         stop_if_asked(self)
 
     def own(self, planned: OwnCode) -> OwnFunction:

@@ -29,8 +29,7 @@ from tadistill.evaluation.run import generate_answers, native
 from tadistill.evaluation.token_scores import Subject, entropy, means
 from tadistill.models.chat_api_replies import open_cache
 from tadistill.models.loading import save_model
-from tadistill.models.modify import matching_temperature
-from tadistill.models.modify import temper_head as temper_model
+from tadistill.models.modify import matching_temperature, temper_head
 from tadistill.models.teachers import teacher_of
 from tadistill.models.tokens import shared_vocabulary
 from tadistill.plan.inputs import TokenizerFiles
@@ -214,5 +213,5 @@ def temper(context: Context[TemperSpec]) -> dict[str, Any]:
 
     wanted = mean_entropy(replace(subject, model=like), 1.0)
     tau = matching_temperature(lambda tau: mean_entropy(subject, tau), wanted)
-    save_model(temper_model(teacher, tau), tokenizer, context.folder / MODEL, ends=subject.eos)
+    save_model(temper_head(teacher, tau), tokenizer, context.folder / MODEL, ends=subject.eos)
     return {"tau": tau, "entropy": wanted}
