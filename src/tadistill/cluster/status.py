@@ -61,7 +61,7 @@ class StatusRow:
 
 def status_rows(study: Path, store: Store) -> list[StatusRow]:
     """Return one row for each stage of a study, in the order of the plan."""
-    stages = planned_stages(study) if (study / _PLAN).is_file() else search_plan(study, store)["stages"]
+    stages = (read_plan(study) if (study / _PLAN).is_file() else search_plan(study, store))["stages"]
     labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in stages)
     done = {s["key"] for s in stages if store.finished(s["key"])}
     here = local_rows(local_runs(study))
@@ -253,17 +253,13 @@ def cancel(study: Path, store: Store) -> int:
     A running stage saves its state first, and continues from it when the study is submitted again. If another study waits for one of these
     jobs, submit that study again too.
     """
-    queued, name = slurm.queued(), read_plan(study).get("study", study.name)  # the folder of an earlier run has another name
+    queued, plan = slurm.queued(), read_plan(study)
+    name = plan.get("study", study.name)  # the folder of an earlier run has another name
     # finished stages are included, because later jobs of their chains may still be queued
-    found = [record for s in planned_stages(study) if (record := read_record(store, s["key"])) and record.study == name]
+    found = [record for s in plan["stages"] if (record := read_record(store, s["key"])) and record.study == name]
     jobs = {entry.id for record in found for entry in record.entries(queued)}
     slurm.cancel(jobs | {entry.id for entry in queued.values() if entry.name == report_name(study)})
     return len(jobs)
-
-
-def planned_stages(study: Path) -> list[dict[str, Any]]:
-    """Return the stages of plan.json. Raises StoreError if the file is missing or damaged."""
-    return read_plan(study)["stages"]
 
 
 def read_plan(study: Path) -> dict[str, Any]:

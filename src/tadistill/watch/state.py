@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tadistill.cluster.job import jobs_folder
-from tadistill.cluster.status import BAD, StatusRow, job_rows, local_rows, newest, planned_stages, study_state, unfinished
+from tadistill.cluster.status import BAD, StatusRow, job_rows, local_rows, newest, read_plan, study_state, unfinished
 from tadistill.disk import damaged
 from tadistill.errors import ConfigError
 from tadistill.plan.graph import distinct_labels
@@ -242,7 +242,7 @@ class Watched:
 
 
 def _read_plan(path: Path) -> tuple[StageState, ...]:
-    found = planned_stages(path.parent)
+    found = read_plan(path.parent)["stages"]
     try:
         labels = distinct_labels((s["key"], s["label"], s.get("arms", ())) for s in found)
         return tuple(
