@@ -264,7 +264,7 @@ def costs(recipe: Recipe) -> tuple[Plan, dict[ModelPath, PathCost]]:
     for arm in plan.arms:
         if arm.arm.like:
             methods = [phase.method for phase in arm.phases]
-            twins[paths[arm.arm.like[1]]] = sum(method.optim.steps or 0 for method in methods), methods[-1].select.every
+            twins[paths[arm.arm.like.arm]] = sum(method.optim.steps or 0 for method in methods), methods[-1].select.every
     return plan, {path: PathCost(float(flops[path] or 0), float(flops[path] or 0) / base, twins.get(path)) for path in kept}
 
 

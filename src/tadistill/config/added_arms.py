@@ -231,11 +231,11 @@ class BudgetOf(NamedTuple):
 
 def budget_of(name: str, compute: str | None) -> BudgetOf | None:
     """Return the training budget of an arm, given its name and its key `compute`. Return None if `Budgets.expand` did not make the arm."""
-    times, reference = read_compute(compute or "") or (None, "")
-    if times is None:
+    found = read_compute(compute or "")
+    if found is None or found.times is None:
         return None
-    suffix = at_budget("", times)
-    return BudgetOf(name.removesuffix(suffix), times, reference) if name.endswith(suffix) else None
+    suffix = at_budget("", found.times)
+    return BudgetOf(name.removesuffix(suffix), found.times, found.arm) if name.endswith(suffix) else None
 
 
 def at_budget(arm: str, times: float) -> str:

@@ -129,11 +129,18 @@ def direct_arm(arms: Iterable[A], teacher: str | None, student: str, method: obj
 _COMPUTE = re.compile(r"(?:as|(?P<times>(?![0.]+x)\d+(?:\.\d+)?)x) (?P<arm>.+)")
 
 
-def read_compute(text: str) -> tuple[float | None, str] | None:
-    """Return the factor and the arm in the key `compute`: (4.0, ARM) for `4x ARM`, and (None, ARM) for `as ARM`. Return None for a text of
-    another form."""
+class Compute(NamedTuple):
+    """The training budget of an arm, relative to the arm `arm`."""
+
+    times: float | None
+    """4.0 for `4x ARM`. None for `as ARM`, an equal-compute baseline."""
+    arm: str
+
+
+def read_compute(text: str) -> Compute | None:
+    """Return the budget that the key `compute` sets, or None if the text has another form."""
     found = _COMPUTE.fullmatch(text)
-    return (float(found["times"]) if found["times"] else None, found["arm"]) if found else None
+    return Compute(float(found["times"]) if found["times"] else None, found["arm"]) if found else None
 
 
 Kind = Literal["no_teacher", "tempered", "random_teacher"]
@@ -288,8 +295,8 @@ class Arm(Changes):
         return read_control(self.control) if self.control else None
 
     @property
-    def like(self) -> tuple[float | None, str] | None:
-        """The factor and the arm in `compute`, as `read_compute` returns them. None if `compute` is not set."""
+    def like(self) -> Compute | None:
+        """The budget that `compute` sets. None if `compute` is not set."""
         return read_compute(self.compute) if self.compute else None
 
     @property
@@ -300,7 +307,7 @@ class Arm(Changes):
     @property
     def budgets(self) -> dict[str, str]:
         """Maps each of the keys `compute` and `teacher_budget` that this arm sets to the arm that the key names."""
-        found = {"compute": self.like[1] if self.like else None, "teacher_budget": self.asks_like}
+        found = {"compute": self.like.arm if self.like else None, "teacher_budget": self.asks_like}
         return {key: arm for key, arm in found.items() if arm is not None}
 
     @property

@@ -139,7 +139,7 @@ class Recipe(Strict):
         if wrong := [*_wrong_names(self)]:
             raise ValueError("\n".join(wrong))
         check_acyclic({n: m.parent for n, m in self.models.items() if m.parent}, "models")
-        check_acyclic({n: a.like[1] for n, a in self.arms.items() if a.like}, "compute")
+        check_acyclic({n: a.like.arm for n, a in self.arms.items() if a.like}, "compute")
         check_acyclic({n: a.asks_like for n, a in self.arms.items() if a.asks_like}, "teacher_budget")
         return self
 

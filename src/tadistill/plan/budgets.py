@@ -73,7 +73,7 @@ class Budgets:
             NotHere: a cost is not known, because a model or a data set is not on this disk.
         """
         budget = self._asked(name, arm, done[arm.asks_like]) if arm.asks_like else Budget()
-        return budget._replace(updates=self._updates(name, arm, done[arm.like[1]], budget)) if arm.like else budget
+        return budget._replace(updates=self._updates(name, arm, done[arm.like.arm], budget)) if arm.like else budget
 
     def share(self, arm: Arm, final: str | None, done: Mapping[str, "PlannedArm"]) -> float | None:
         """Return an arm's FLOPs divided by those that its `compute` sets, once the arm is in the graph. `given_teachers` says whose own
@@ -82,7 +82,7 @@ class Budgets:
         Return None if the arm has no `compute`, or if FLOPs are not known."""
         if arm.like is None:
             return None
-        times, like = arm.like[0] or 1.0, done[arm.like[1]]
+        times, like = arm.like.times or 1.0, done[arm.like.arm]
         given, total = given_teachers(self.recipe, arm, like.arm), self.graph.flops(final)
         if total is None or like.flops is None:
             return None
@@ -134,7 +134,7 @@ class Budgets:
     def _updates(self, name: str, arm: Arm, like: "PlannedArm", budget: Budget) -> float:
         # the factor by which the updates are multiplied, so that the arm costs as many FLOPs as its `compute` says
         assert arm.like is not None
-        times = arm.like[0]
+        times = arm.like.times
         if times is None and (len(arm.path) > 1 or len(arm.last) != 2):
             raise ConfigError(f"arms.{name} has `compute`, which needs a path of two models, but its path is {arm.text}; remove `compute`")
         if not arm.learners and not arm.objective:
@@ -167,7 +167,7 @@ class Budgets:
     def _scaled(self, name: str, arm: Arm, budget: Budget, trial: Trial) -> float | None:
         # the part of the trial's FLOPs that grows with the updates; None if it is not known
         assert arm.like is not None
-        if arm.like[0] is None and budget.taught is None:
+        if arm.like.times is None and budget.taught is None:
             parts = [trial.graph.stages[key].flops for key in trial.trained]
             return None if None in parts else sum(part for part in parts if part is not None)
         twice = self.trial(name, arm, budget._replace(updates=2.0))

@@ -103,7 +103,7 @@ def _divided(stages: "StageBuilder", method: Method, scale: float, arm: Arm) -> 
         own = phase is not None and phase.select is not None and "every" in phase.select.model_fields_set
         every = max(1, round(of_phase.select.every * steps / (whole * share if own else whole)))  # as many checkpoints as without phases
         warmup = of_phase.optim.warmup
-        if arm.like and arm.like[0]:
+        if arm.like and arm.like.times:
             warmup = round(warmup * steps / (whole * share))
         found.append(PlannedPhase(_with_updates(of_phase, steps, every, warmup), share))
     return found
