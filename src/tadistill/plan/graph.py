@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tadistill.models.flops_and_memory import Cost
-from tadistill.plan.inputs import INPUTS, Encoding, Handle, Output, Part, Split, stage_of
+from tadistill.plan.inputs import Encoding, Handle, Input, Output, Part, Split, stage_of
 from tadistill.store import key_of
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class Spec(Part):
         keys = {role: stage_of(part) for role, part in self._inputs()}
         return {role: key for role, key in keys.items() if key is not None}
 
-    def _inputs(self) -> Iterator[tuple[str, Handle | Output]]:
+    def _inputs(self) -> Iterator[tuple[str, Input]]:
         for name, value in self:
-            if isinstance(value, INPUTS):
+            if isinstance(value, Input):
                 yield name, value
             elif isinstance(value, tuple):
-                yield from ((f"{name.removesuffix('s')} {i}", v) for i, v in enumerate(value, 1) if isinstance(v, INPUTS))
+                yield from ((f"{name.removesuffix('s')} {i}", v) for i, v in enumerate(value, 1) if isinstance(v, Input))
 
     @property
     def steps(self) -> int | None:

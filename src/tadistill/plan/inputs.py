@@ -271,12 +271,12 @@ class RandomWeights(Part):
 
 Handle: TypeAlias = FromStage | Loaded | BehindApi | PrunedDepth | Pruned | Tempered | RandomWeights
 """The source of a model's weights."""
-INPUTS = (Output, FromStage, Loaded, BehindApi, PrunedDepth, Pruned, Tempered, RandomWeights)
+Input: TypeAlias = Handle | Output  # a model or an output of another stage
 for _part in (PrunedDepth, Pruned, Tempered, RandomWeights):  # they refer to `Handle`
     _part.model_rebuild()
 
 
-def stage_of(part: Handle | Output) -> str | None:
+def stage_of(part: Input) -> str | None:
     """Return the key of the stage that writes this model or output. Return None if the model does not come from a stage."""
     if isinstance(part, FromStage | Output):
         return part.stage
