@@ -116,14 +116,30 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
     Raises:
         ConfigError: the text is not YAML, or the recipe breaks a rule.
     """
-    raw, lines = _merged(given, overrides, source, "seeds=[10]", Recipe)
-    recipe = _recipe(raw, source, lines)
-    if is_short(raw):
-        lines = lines_of_whole(lines)
+    raw, lines = _whole(*_merged(given, overrides, source, "seeds=[10]", Recipe), source)
+    recipe = _validated(Recipe, raw, source, lines)
     if folder:
         recipe = settled(recipe, source, folder, lines)
-    if not own_functions(recipe):
-        return recipe
+    return _with_code(recipe, source, folder, lines) if own_functions(recipe) else recipe
+
+
+def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """Build a recipe from plain data (a dict). Raises ConfigError if the recipe breaks a rule. `source` is the recipe's name in
+    messages."""
+    raw, lines = _whole(raw, {}, source)
+    return _validated(Recipe, raw, source, lines)
+
+
+def _whole(raw: dict[str, Any], lines: Lines, source: str) -> tuple[dict[str, Any], Lines]:
+    # a recipe in its long form, and the line of each of its keys
+    if not is_short(raw):
+        return raw, lines
+    with about(source):
+        return whole(raw), lines_of_whole(lines)
+
+
+def _with_code(recipe: Recipe, source: str, folder: Path | None, lines: Lines) -> Recipe:
+    # the recipe with the path of the folder that has the user's own modules
     modules, code, there = recipe.runtime.code or "", "", False
     try:
         code = os.path.normpath((folder or Path()).resolve() / Path(modules).expanduser())
@@ -137,19 +153,6 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
     if recipe._origin:
         recipe._origin.written.setdefault(code, modules)
     return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"code": code})})
-
-
-def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """Build a recipe from plain data (a dict). Raises ConfigError if the recipe breaks a rule. `source` is the recipe's name in
-    messages."""
-    return _recipe(raw, source, {})
-
-
-def _recipe(raw: dict[str, Any], source: str, lines: Lines) -> Recipe:
-    if is_short(raw):
-        with about(source):
-            raw, lines = whole(raw), lines_of_whole(lines)
-    return _validated(Recipe, raw, source, lines)
 
 
 def read_settings(model: type[Settings], given: dict[str, Any], overrides: typing.Sequence[str], *, source: str) -> Settings:
