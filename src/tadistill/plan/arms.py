@@ -196,16 +196,9 @@ class _Planner:
             raise ConfigError(
                 f"arms.{name} has `dense`, but in `{arm.text}` no model has two teachers; remove `dense`, or write a path such as A > B > C"
             )
-        made, phases, trained = _ArmModels(self.stages, arm, seed), [PlannedPhase(self.recipe.method, 1.0)], list[str]()
         if not arm.learners:
-            self._check_single(name, arm)
-            only = arm.last[0]
-            if arm.objective is None:
-                return _Made([made[only]], phases, trained)
-            phases = planned_phases(self.recipe, self.stages, name, arm, only, budget.updates)
-            more = Sft(optim=phases[0].method.optim, select=phases[0].method.select)
-            longer = self.stages.sft(only, made[only], more, self.stages.seed(only, seed), continues=True)
-            return _Made([longer], phases, [longer.stage])
+            return self._single(name, arm, seed, budget)
+        made, phases, trained = _ArmModels(self.stages, arm, seed), list[PlannedPhase](), list[str]()
         taught, turns, handles = list[str](), list[str](), list[Handle]()  # a turn with one teacher has one or several phases
         for path in arm.path:
             first = teaching(self.stages, name, arm, path[0], made, seed, self._path_of)
@@ -253,9 +246,21 @@ class _Planner:
         finally:
             self.making.pop()
 
+    def _single(self, name: str, arm: Arm, seed: int, budget: Budget) -> _Made:
+        # an arm without a teacher: the model as it is, or after more training
+        self._check_single(name, arm)
+        only = arm.last[0]
+        model = self.stages.trained(only, seed)
+        if arm.objective is None:
+            return _Made([model], [PlannedPhase(self.recipe.method, 1.0)], [])
+        phases = planned_phases(self.recipe, self.stages, name, arm, only, budget.updates)
+        more = Sft(optim=phases[0].method.optim, select=phases[0].method.select)
+        longer = self.stages.sft(only, model, more, self.stages.seed(only, seed), continues=True)
+        return _Made([longer], phases, [longer.stage])
+
     @staticmethod
     def _check_single(name: str, arm: Arm) -> None:
-        # an arm without a teacher may only train further with cross-entropy on the data set
+        # it may only train further with cross-entropy on the data set
         if arm.phases:
             raise ConfigError(
                 f"arms.{name} has `phases`, but its path `{arm.text}` has no teacher; write a path such as A > B, or remove `phases`"
