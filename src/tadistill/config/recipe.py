@@ -262,33 +262,41 @@ def check_acyclic(edges: dict[str, str], what: str) -> None:
 
 def _wrong_names(recipe: Recipe) -> Iterator[str]:
     for name, model in recipe.models.items():
-        yield from _unknown(recipe, model.parent, f"models.{name} is made from")
-        if model.checkpoint and model.checkpoint.of in recipe.models and model.checkpoint.step not in _kept(recipe, model.checkpoint.of):
-            of, step = model.checkpoint.of, model.checkpoint.step
-            yield f"models.{name} is `{of}` after update {step}, but this checkpoint is not stored; add {step} to models.{of}.sft.keep"
-        if model.temper and model.temper.like is not None and model.temper.like not in recipe.arms:
-            yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_choice(model.temper.like, recipe.arms)}"
-        if model.parent in recipe.models and recipe.models[str(model.parent)].api:
-            yield f"models.{name} is made from `{model.parent}`, which {Api.has_no}; name a model without `api`"
-        for each in model.sft.sets if model.sft else ():
-            if not recipe.data.several or each not in recipe.data.sets:
-                what = _choice(each, recipe.data.sets) if recipe.data.several else "`data.train` is one set without a name; remove `sets`"
-                yield f"models.{name}.sft.sets names `{each}`, which is not a training set; {what}"
+        yield from _wrong_in_model(recipe, name, model)
     yield from _unknown(recipe, recipe.teacher, "teacher is")
     for name in recipe.search.models if recipe.search else ():
         yield from _unknown(recipe, name, "search names")
         if name in recipe.models and recipe.models[name].api:
             yield f"search names `{name}`, which {Api.has_no}, but a search compares probabilities; name models without `api`"
     for name, arm in recipe.arms.items():
-        for model in arm.models:
-            yield from _unknown(recipe, model, f"arms.{name}.path names")
-        for path in arm.path:
-            yield from _wrong_sets(recipe, name, path[0])
-        if recipe.teacher in arm.learners:
-            yield f"teacher is `{recipe.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
-        for key, other in arm.budgets.items():
-            if other not in recipe.arms:
-                yield f"arms.{name}.{key} is `{getattr(arm, key)}`, but `{other}` is not an arm; {_choice(other, recipe.arms)}"
+        yield from _wrong_in_arm(recipe, name, arm)
+
+
+def _wrong_in_model(recipe: Recipe, name: str, model: ModelConfig) -> Iterator[str]:
+    yield from _unknown(recipe, model.parent, f"models.{name} is made from")
+    if model.checkpoint and model.checkpoint.of in recipe.models and model.checkpoint.step not in _kept(recipe, model.checkpoint.of):
+        of, step = model.checkpoint.of, model.checkpoint.step
+        yield f"models.{name} is `{of}` after update {step}, but this checkpoint is not stored; add {step} to models.{of}.sft.keep"
+    if model.temper and model.temper.like is not None and model.temper.like not in recipe.arms:
+        yield f"models.{name}.temper.like is `{model.temper.like}`, which is not an arm; {_choice(model.temper.like, recipe.arms)}"
+    if model.parent in recipe.models and recipe.models[str(model.parent)].api:
+        yield f"models.{name} is made from `{model.parent}`, which {Api.has_no}; name a model without `api`"
+    for each in model.sft.sets if model.sft else ():
+        if not recipe.data.several or each not in recipe.data.sets:
+            what = _choice(each, recipe.data.sets) if recipe.data.several else "`data.train` is one set without a name; remove `sets`"
+            yield f"models.{name}.sft.sets names `{each}`, which is not a training set; {what}"
+
+
+def _wrong_in_arm(recipe: Recipe, name: str, arm: Arm) -> Iterator[str]:
+    for model in arm.models:
+        yield from _unknown(recipe, model, f"arms.{name}.path names")
+    for path in arm.path:
+        yield from _wrong_sets(recipe, name, path[0])
+    if recipe.teacher in arm.learners:
+        yield f"teacher is `{recipe.teacher}`, but arms.{name} trains this model; name a model that no arm trains"
+    for key, other in arm.budgets.items():
+        if other not in recipe.arms:
+            yield f"arms.{name}.{key} is `{getattr(arm, key)}`, but `{other}` is not an arm; {_choice(other, recipe.arms)}"
 
 
 def _unknown(recipe: Recipe, model: str | None, where: str) -> Iterator[str]:
