@@ -114,11 +114,13 @@ ADD_COUNT = '''    def count(self, name, model, seed):
 @'''
 USE_COUNT = """
 from rich.console import Console
-from tadistill.plan.arms import _Planner
+from tadistill.plan.arms import _planner
+from tadistill.plan.costs import Ledger
 from tadistill.plan.preview import print_plan
 from tadistill.runner.run_study import save_plan
 
-planner = _Planner(recipe("objective: {type: forward_kl}, sampler: {type: dataset}"))
+chosen = recipe("objective: {type: forward_kl}, sampler: {type: dataset}")
+planner = _planner(chosen, Ledger(chosen))
 plan = planner.plan()
 key = planner.stages.count("xl", planner.stages.trained("xl", 1), 1)
 planner.graph.mark(key, "new")

@@ -101,7 +101,13 @@ def make_plan(recipe: Recipe, *, partial: bool = False) -> Plan:
         ConfigError, DataError, ModelError: the recipe has an error that can be found without loading a model.
     """
     check_sources(recipe)
-    return _Planner(recipe, Ledger(recipe, partial=partial)).plan()
+    return _planner(recipe, Ledger(recipe, partial=partial)).plan()
+
+
+def _planner(recipe: Recipe, ledger: Ledger) -> "_Planner":
+    check_entries(recipe)
+    teacher = original_teacher(recipe) if recipe.analyse else None
+    return _Planner(recipe, teacher, ledger, StudyTokens(recipe, teacher), StudySets(recipe))
 
 
 class _Made(NamedTuple):
@@ -114,18 +120,10 @@ class _Made(NamedTuple):
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, ledger: Ledger | None = None, like: "_Planner | None" = None):
-        # `like` is a planner of the same recipe, which has read its models and data sets already
-        if like is None:
-            check_entries(recipe)
-        self.recipe = recipe
-        self.graph = Graph()
-        self.ledger = like.ledger if like else ledger or Ledger(recipe)
-        self.teacher = original_teacher(recipe) if recipe.analyse else None
-        self.tokens = like.tokens if like else StudyTokens(recipe, self.teacher)
-        sets = like.stages.sets if like else StudySets(recipe)
-        self.stages = StageBuilder(recipe, self.graph, self.ledger, lambda arm, seed: self._path_of(arm, seed)[-1], self.tokens, sets)
-        self.budgets = Budgets(recipe, self.stages, self.graph, self._trial)
+    def __init__(self, recipe: Recipe, teacher: str | None, ledger: Ledger, tokens: StudyTokens, sets: StudySets):
+        self.recipe, self.teacher, self.ledger, self.tokens, self.graph = recipe, teacher, ledger, tokens, Graph()
+        self.stages = StageBuilder(recipe, self.graph, ledger, lambda arm, seed: self._path_of(arm, seed)[-1], tokens, sets)
+        self.budgets = Budgets(self.stages, self._trial)
         self.making: list[str] = []  # arms that are being planned; each sets a temperature for the arm before it
 
     def plan(self) -> Plan:
@@ -280,7 +278,7 @@ class _Planner:
             )
 
     def _trial(self, name: str, arm: Arm, budget: Budget) -> Trial:
-        planner = _Planner(self.recipe, like=self)
+        planner = _Planner(self.recipe, self.teacher, self.ledger, self.tokens, self.stages.sets)
         made = planner._models(name, arm, self.recipe.first_seed, budget)
         return Trial(planner.graph, made.stages[-1] if made.stages else "", made.stages)
 
@@ -307,7 +305,7 @@ def plan_probes(recipe: Recipe, models: Sequence[str], *, prompts: int, k: int) 
         k: number of most likely tokens that a `pair` stage compares at each position.
     """
     check_measured(recipe, models)
-    planner = _Planner(recipe)
+    planner = _planner(recipe, Ledger(recipe))
     check_compared(planner.tokens, models)
     stages, seed = planner.stages, recipe.first_seed
     handles = {name: stages.trained(name, seed) for name in models}

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from tadistill.config import Arm, Recipe
+from tadistill.config import Arm
 from tadistill.config.arm import routed
 from tadistill.errors import ConfigError, NotHere
 from tadistill.models.shapes import COUNTED
@@ -58,12 +58,11 @@ class Trial(NamedTuple):
 class Budgets:
     """Computes the budgets of arms."""
 
-    def __init__(self, recipe: Recipe, stages: StageBuilder, graph: Graph, trial: Callable[[str, Arm, Budget], Trial]):
-        """`trial` plans an arm with a budget. `graph` has the stages of the arms that are planned already."""
-        self.recipe, self.stages, self.graph, self.trial = recipe, stages, graph, trial
-        self.ledger = stages.ledger
+    def __init__(self, stages: StageBuilder, trial: Callable[[str, Arm, Budget], Trial]):
+        """`trial` plans an arm with a budget. The graph of `stages` has the stages of the arms that are planned already."""
+        self.recipe, self.graph, self.ledger, self.trial = stages.recipe, stages.graph, stages.ledger, trial
         # the plan may not need the stages of this builder
-        self._apart = StageBuilder(recipe, Graph(), stages.ledger, stages.of_arm, stages.tokens, stages.sets)
+        self._apart = StageBuilder(stages.recipe, Graph(), stages.ledger, stages.of_arm, stages.tokens, stages.sets)
 
     def of(self, name: str, arm: Arm, done: Mapping[str, "PlannedArm"]) -> Budget:
         """Return the budget of an arm. `done` contains the planned arms that `compute` and `teacher_budget` can name.
