@@ -203,7 +203,7 @@ class _Planner:
             handles = [handle for _, handle in first[:1]]
             for i, model in enumerate(path[1:], 1):
                 stages, scale = self._asking(arm, path[:i], budget)
-                phases, trained = planned_phases(self.recipe, stages, name, arm, model, scale / arm.learners.count(model)), []
+                phases, trained = planned_phases(stages, name, arm, model, scale / arm.learners.count(model)), []
                 for number, (method, _) in enumerate(phases, 1):
                     teachers = first if i == 1 else list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
                     names, route = [m for m, _ in teachers], path[0] if i == 1 and is_route(path[0]) else ""
@@ -251,7 +251,7 @@ class _Planner:
         model = self.stages.trained(only, seed)
         if arm.objective is None:
             return _Made([model], [PlannedPhase(self.recipe.method, 1.0)], [])
-        phases = planned_phases(self.recipe, self.stages, name, arm, only, budget.updates)
+        phases = planned_phases(self.stages, name, arm, only, budget.updates)
         more = Sft(optim=phases[0].method.optim, select=phases[0].method.select)
         longer = self.stages.sft(only, model, more, self.stages.seed(only, seed), continues=True)
         return _Made([longer], phases, [longer.stage])

@@ -56,7 +56,7 @@ class Turn(NamedTuple):
         return f" ({'; '.join(filter(None, (turn, phase)))})" if turn or phase else ""
 
 
-def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, model: str, scale: float) -> list[PlannedPhase]:
+def planned_phases(stages: "StageBuilder", name: str, arm: Arm, model: str, scale: float) -> list[PlannedPhase]:
     """Return the phases in which the arm `name` trains `model` with one teacher. A training without a teacher is one phase.
 
     Args:
@@ -65,6 +65,7 @@ def planned_phases(recipe: Recipe, stages: "StageBuilder", name: str, arm: Arm, 
     Raises:
         ConfigError: settings of a phase do not fit together, or a setting of the arm has no effect because each phase has its own.
     """
+    recipe = stages.recipe
     try:
         patch = arm.patch if arm.learners else arm.patch.model_copy(update={"phases": ()})
         method = apply(recipe.method, recipe.models[model].distill, patch)
