@@ -21,7 +21,6 @@ def place(tmp_path_factory):
 def offered(place, monkeypatch):
     """Return what is offered at the end of a command line."""
     monkeypatch.chdir(place)
-    monkeypatch.delenv("TADISTILL_RUNS", raising=False)
 
     def ask(line: str) -> list[str]:
         words = f"tadistill {line}"

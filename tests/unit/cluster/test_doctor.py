@@ -182,10 +182,7 @@ def test_all_of_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("data", "code"), [(".", 0), ("/no/such/folder", 1)])
 def test_the_command_fails_where_there_is_a_problem(tmp_path, monkeypatch, programs, data, code):
     monkeypatch.setenv("TADISTILL_DATA", data)
-    monkeypatch.delenv("CC_CLUSTER", raising=False)
     monkeypatch.setattr("tadistill.cluster.doctor.packages", lambda requirements: doctor.Check("packages", "ok", ""))
-    for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("tadistill.cluster.doctor.space", lambda name, path: doctor.Check(name, "ok", ""))
     result = CliRunner().invoke(app, ["doctor", str(ROOT / "recipes" / "quickstart.yaml"), "--runs", str(tmp_path)])
     assert result.exit_code == code, result.output

@@ -67,7 +67,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     folder.mkdir(parents=True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("TADISTILL_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     return folder
 

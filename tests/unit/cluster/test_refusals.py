@@ -14,12 +14,6 @@ from tadistill.terminal import Terminal
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    for name in ("SBATCH_ACCOUNT", "SLURM_ACCOUNT", "CC_CLUSTER"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def scripts(site: str, *resources: str, account: str = "def-prof", runs: Path = Path("/scratch/runs")):
     chosen = [f"resources={{{', '.join(resources)}}}"] if resources else []
     return list(Submission(make_plan(load(RECIPE, chosen)), slurm.load_profile(site), runs, account=account).scripts())

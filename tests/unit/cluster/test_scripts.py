@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tadistill.cluster import sbatch, slurm
+from tadistill.cluster import slurm
 from tadistill.cluster.submit import Submission
 from tadistill.config import load, validate
 from tadistill.plan.arms import make_plan
@@ -25,9 +25,7 @@ def plan():
 
 
 @pytest.fixture(autouse=True)
-def plain_environment(monkeypatch):
-    for name in (*sbatch._PASSED_ON, "SBATCH_ACCOUNT", "SLURM_ACCOUNT", "CC_CLUSTER"):
-        monkeypatch.delenv(name, raising=False)
+def caches(monkeypatch):
     monkeypatch.setenv("HF_HOME", "/scratch/hf")
     monkeypatch.setenv("TADISTILL_CACHE", "/scratch/cache")
 

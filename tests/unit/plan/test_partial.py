@@ -41,7 +41,6 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_embd"
 def nothing_here(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.delenv("TADISTILL_DATA", raising=False)
     monkeypatch.setattr(sources, "hub_cached", lambda *_: None)
     monkeypatch.setattr(hub, "cached", lambda *_: None)
 
