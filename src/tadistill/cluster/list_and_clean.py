@@ -338,7 +338,7 @@ def clean(runs: Path, store: Store, console: Terminal, *, dry_run: bool, confirm
         return
     still = {each.key for each in unneeded(runs, store)}  # a study may have started during the question
     keys = [each.key for each in loose if each.key in still]
-    freed = delete(store, keys, lambda text: console.say(text))
+    freed = delete(store, keys, console.say)
     console.say(f"deleted {size(freed)}")
 
 

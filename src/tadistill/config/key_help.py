@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from tadistill.config.error_messages import SYNONYMS
 from tadistill.config.method import METHODS
@@ -31,7 +31,7 @@ class _Found:
     key: Key
     part: Part
     missing: int  # number of words in the key's full name that the user did not write
-    types: tuple[str, ...] = field(default=())  # the `type` of each group that has this key
+    types: tuple[str, ...] = ()  # the `type` of each group that has this key
 
 
 def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
