@@ -279,8 +279,7 @@ class _Planner:
 
     def _trial(self, name: str, arm: Arm, budget: Budget) -> Trial:
         planner = _Planner(self.recipe, self.teacher, self.ledger, self.tokens, self.stages.sets)
-        made = planner._models(name, arm, self.recipe.first_seed, budget)
-        return Trial(planner.graph, made.stages[-1] if made.stages else "", made.stages)
+        return Trial(planner.graph, planner._models(name, arm, self.recipe.first_seed, budget).stages)
 
 
 class _ArmModels(dict[str, Handle]):

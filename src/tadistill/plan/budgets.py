@@ -49,10 +49,13 @@ class Trial(NamedTuple):
     """A plan of one arm for one seed, from which the cost of a budget is computed."""
 
     graph: Graph
-    final: str
-    """Key of the stage that makes the arm's model."""
     trained: list[str]
-    """Keys of the stages of the last training, one for each phase."""
+    """Keys of the stages of the last training, one for each phase. Empty if the arm trains no model."""
+
+    @property
+    def final(self) -> str | None:
+        """Key of the stage that makes the arm's model."""
+        return self.trained[-1] if self.trained else None
 
 
 class Budgets:

@@ -220,8 +220,8 @@ def asked_notes(plan: "Plan", store: Store) -> Iterator[str]:
             done = f"The number of requests is not known, because data set `{ref.load}` is not on this disk."
         elif left:
             rows = survey(ref, "train", data)
-            first, *others = (Estimate.of(spec, rows.sample, min(rows.rows, spec.train.limit or rows.rows)) for spec in left)
-            total = sum(others, first)
+            each = (Estimate.of(spec, rows.sample, min(rows.rows, spec.train.limit or rows.rows)) for spec in left)
+            total = sum(each, Estimate())
             sets, wanted = counted(len(left), "set"), f"{total.requests:,} {form(total.requests, 'request', 'requests')}"
             done = f"At most {wanted} for {sets} of answers: {total.text(model.api)}."
             if len({spec.seed for spec in left}) > 1:
