@@ -84,12 +84,11 @@ class Budgets:
         Return None if the arm has no `compute`, or if FLOPs are not known."""
         if arm.like is None:
             return None
-        times, like = arm.like.times or 1.0, done[arm.like.arm]
-        given, total = given_teachers(self.recipe, arm, like.arm), self.graph.flops(final)
+        times, like, total = arm.like.times or 1.0, done[arm.like.arm], self.graph.flops(final)
         if total is None or like.flops is None:
             return None
-        own = total - self._of_teachers(given, self.graph, final)
-        theirs = like.flops - self._of_teachers(given, self.graph, like.final[self.recipe.first_seed])
+        of_given, of_given_there = self._of_given_teachers(arm, like, self.graph, final)
+        own, theirs = total - of_given, like.flops - of_given_there
         return own / (times * theirs) if own > 0 and theirs > 0 else None
 
     # --- the teacher ----------------------------------------------------------------------------------------------------
@@ -152,9 +151,7 @@ class Budgets:
                 "would set the number of updates; remove one of the two keys"
             )
         fixed = total - scaled
-        given = given_teachers(self.recipe, arm, like.arm)
-        own = self._of_teachers(given, trial.graph, trial.final)
-        theirs = self._of_teachers(given, self.graph, like.final[self.recipe.first_seed])
+        own, theirs = self._of_given_teachers(arm, like, trial.graph, trial.final)
         if times is not None or own != theirs:  # with `as`, equal costs cancel
             fixed, target = fixed - own, (times or 1.0) * (target - theirs)
         if target <= fixed:
@@ -176,9 +173,11 @@ class Budgets:
         total, doubled = trial.graph.flops(trial.final), twice.graph.flops(twice.final)
         return None if total is None or doubled is None else doubled - total
 
-    def _of_teachers(self, names: set[str], graph: Graph, final: str | None) -> float:
-        # the FLOPs of these teachers' own training, if this model depends on it
-        return math.fsum(graph.stages[key].flops or 0.0 for key in self._making(names, graph, final))
+    def _of_given_teachers(self, arm: Arm, like: "PlannedArm", graph: Graph, final: str | None) -> tuple[float, float]:
+        # the FLOPs of the given teachers' own training, if the model `final` of the arm depends on it, and the same for the arm `like`
+        given, ends = given_teachers(self.recipe, arm, like.arm), ((graph, final), (self.graph, like.final[self.recipe.first_seed]))
+        own, theirs = (math.fsum(of.stages[key].flops or 0.0 for key in self._making(given, of, end)) for of, end in ends)
+        return own, theirs
 
     def _making(self, names: set[str], graph: Graph, final: str | None) -> set[str]:
         # the keys of the stages of these teachers' own training, if this model depends on it
