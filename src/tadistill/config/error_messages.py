@@ -205,8 +205,8 @@ def _empty(kind: str, context: Mapping[str, Any]) -> str:
 def _length(kind: str, value: Any, context: Mapping[str, Any], location: tuple, root: type[BaseModel]) -> str:
     have = len(value) if isinstance(value, (list, tuple, dict, str)) else int(context.get("actual_length", 0))
     default = _default(location, root)
-    if (isinstance(default, tuple) and default and kind != "too_short") or "actual_length" not in context:
-        wanted = f"{len(default)}, such as {json.dumps(default)}" if isinstance(default, tuple) and default else "more"
+    if (default and kind != "too_short") or "actual_length" not in context:
+        wanted = f"{len(default)}, such as {json.dumps(default)}" if default else "more"
         return f" has {counted(have, 'value')}; write {wanted}."
     if kind == "too_long":
         return f" has {counted(have, 'value')}; write at most {context.get('max_length')}."
@@ -214,13 +214,14 @@ def _length(kind: str, value: Any, context: Mapping[str, Any], location: tuple, 
     return f" {size}; write at least {context.get('min_length')}."
 
 
-def _default(location: tuple, root: type[BaseModel]) -> Any:
+def _default(location: tuple, root: type[BaseModel]) -> tuple:
+    # the default of a list; empty if it has none
     names = [part for part in location if not isinstance(part, int)]
     for model in _resolve(tuple(names[:-1]), root)[1]:
         field = model.model_fields.get(str(names[-1]))
         if field is not None and isinstance(field.default, tuple):
             return field.default
-    return None
+    return ()
 
 
 _LINES = {"models": "xl: {load: ORG/NAME}", "arms": "direct: xl > s", "resources": "default: {hours: 3}"}

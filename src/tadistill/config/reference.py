@@ -300,7 +300,7 @@ def _default(field: FieldInfo) -> str:
     if value is None or value in ((), "", {}):
         return "none"
     plain = _written(value)
-    return "" if plain == {} else f"{plain:g}" if isinstance(plain, float) else plain if isinstance(plain, str) else _flow(plain)
+    return "" if plain == {} else _flow(plain)
 
 
 def _written(value: Any) -> Any:
