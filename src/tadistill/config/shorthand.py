@@ -53,12 +53,14 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     data, method = rest.pop("data", None), rest.pop("method", {})
     data = dict.fromkeys(("train", "dev", "test"), data) if isinstance(data, str) else data
     method = {"name": method} if isinstance(method, str) else method
-    if isinstance(data, dict) and "dev" not in data and isinstance(test := data.get("test"), str | dict | list) and test:
-        _check_selects({"method": method, "methods": rest.get("methods")} | models)
-        method, models = _method_without_dev(method), {name: _model_without_dev(model) for name, model in models.items()}
-        data = data | {"dev": test[0] if isinstance(test, list) else test}  # needed, but nothing is measured on it
-    elif isinstance(data, dict) and data.get("train") and not ("dev" in data or "test" in data):
-        data = data | {"dev": data["train"]}  # the only mistake is then that the test set is missing
+    if isinstance(data, dict) and "dev" not in data:
+        test = data.get("test")
+        if test and isinstance(test, str | dict | list):
+            _check_selects({"method": method, "methods": rest.get("methods")} | models)
+            method, models = _method_without_dev(method), {name: _model_without_dev(model) for name, model in models.items()}
+            data = data | {"dev": test[0] if isinstance(test, list) else test}  # needed, but nothing is measured on it
+        elif data.get("train") and "test" not in data:
+            data = data | {"dev": data["train"]}  # the only mistake is then that the test set is missing
     return {
         "seeds": [10],
         "analyse": False,
