@@ -124,7 +124,7 @@ def _sentence(kind: str, problem: Any, key: tuple, location: tuple, root: type[B
     if kind in _MAPPING:
         wanted = " or ".join([*_short_forms(location, root), "a group of keys"])
         return f" is {_shown(value)}, but it must be {wanted}; {_mapping(value, key, location, root)}."
-    fix = _FIXES.get(kind, problem["msg"][:1].lower() + problem["msg"][1:].rstrip("."))
+    fix = _FIXES.get(kind) or problem["msg"][:1].lower() + problem["msg"][1:].rstrip(".")
     return f" is {_shown(value)}: {fix if isinstance(fix, str) else fix(value, context)}."
 
 
