@@ -194,7 +194,6 @@ def _fetch(need: Need, record: Mapping[str, Any], console: Terminal) -> tuple[Fo
     path = sources.fetch(need.name, need.revision, weights=need.kind == "model", workers=_WORKERS)
     if need.tokenizer:  # only the weights may have been on this disk
         sources.fetch(need.name, need.revision, weights=False, workers=_WORKERS)
-    assert path is not None
     return _found(path), "converted" if sources.parse_source(need.name).kind == "gguf" else "fetched"
 
 

@@ -62,10 +62,7 @@ def load_tokenizer(load: str | Path, *, revision: str = "main", world: Mapping[s
     load = str(load)
     if load in tinyworld.TOKENIZERS:
         return tinyworld.tokenizer(load, **(world or {}))
-    directory = sources.fetch(load, revision, weights=False)
-    if directory is None:
-        raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")
-    tokenizer = read_tokenizer(directory, load)
+    tokenizer = read_tokenizer(sources.fetch(load, revision, weights=False), load)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of `{load}` has no EOS token, but every answer must end with one; set eos_token in its tokenizer_config.json"
@@ -99,9 +96,7 @@ def load_model(
             raise ConfigError(f"model `{load}` needs a tokenizer; set `tokenizer:` to a directory, a hub id or tinyworld")
         model = scratch_model(scratch_config(source.name, config or {}, tokenizer), seed=seed, dtype=dtype).eval()
     else:
-        directory = sources.fetch(load, revision)
-        assert directory is not None
-        model = read_model(directory, load, dtype)
+        model = read_model(sources.fetch(load, revision), load, dtype)
     if hasattr(model.config, "rescale_every"):  # RWKV would halve the weights of later layers in place, whenever it is in eval mode
         model.config.rescale_every = 0
     return model
@@ -110,9 +105,7 @@ def load_model(
 def check_model(load: str, revision: str = "main") -> PreTrainedModel:
     """Read only the headers of the weight files, and return the model without weights. Raises a ModelError in the same cases as
     `load_model`."""
-    directory = sources.fetch(load, revision)
-    assert directory is not None
-    return read_model(directory, load, torch.float32, device="meta")
+    return read_model(sources.fetch(load, revision), load, torch.float32, device="meta")
 
 
 def save_model(

@@ -83,9 +83,7 @@ def fetch_config(load: str, revision: str) -> PreTrainedConfig:
     Raises:
         ModelError: the configuration cannot be found or read, or models of its type cannot be distilled.
     """
-    directory = sources.fetch(load, revision, weights=False)
-    assert directory is not None
-    return read_config(directory, load)
+    return read_config(sources.fetch(load, revision, weights=False), load)
 
 
 def fetch_head(load: str, revision: str) -> Path:
@@ -94,15 +92,12 @@ def fetch_head(load: str, revision: str) -> Path:
     source = sources.parse_source(load)
     if source.kind == "hub" and sources.locate(load, revision) is None:
         directory = sources.fetch(load, revision, weights=False)
-        assert directory is not None
         if (directory / _INDEX).is_file() and not is_adapter(directory):
             places = weight_map(directory / _INDEX)
             for file in sorted({places[key] for key in _wanted(places, _names(fetch_config(load, revision)))}):
                 _download(source.name, file, revision)
             return directory
-    directory = sources.fetch(load, revision)
-    assert directory is not None
-    return directory
+    return sources.fetch(load, revision)
 
 
 def _download(name: str, file: str, revision: str) -> None:

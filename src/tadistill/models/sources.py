@@ -134,21 +134,22 @@ def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path |
     return converted if converted and complete(converted) else None
 
 
-def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path | None:
+def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: int = 8) -> Path:
     """Return the Hugging Face directory of a source. If necessary, the model is first downloaded and converted.
 
-    For random weights (`scratch:TYPE`), return None. With HF_HUB_OFFLINE=1, models of the Hub are only read from the local cache.
+    With HF_HUB_OFFLINE=1, models of the Hub are only read from the local cache.
 
     Args:
         weights: if False, the weights of a model of the Hub are not downloaded.
         workers: the number of parallel downloads.
 
     Raises:
-        ModelError: the model cannot be found, downloaded or converted. The message says why.
+        ModelError: the model cannot be found, downloaded or converted, or has no files because its weights are random (`scratch:TYPE`). The
+            message says why.
     """
     source = parse_source(load)
     if source.kind == "scratch":
-        return None
+        raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")
     if (found := locate(load, revision, weights=weights)) is not None:
         return found
     adapter = _adapter(source, revision)
@@ -251,7 +252,7 @@ def _merged(adapter: Path, load: str) -> Path:
     if not has_weights(adapter):
         raise ModelError(f"adapter `{load}` has no {ADAPTER_WEIGHTS[0]}; download or save it again")
     identity = f"{directory_digest(adapter)} {fingerprint(*base)}"
-    # increase the version (v1) when the output of `adapters.merge` changes
+    # increase the version (v1) when the output of `modify.merge` changes
     return files.cache_root() / "adapters" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}-v1"
 
 
@@ -260,7 +261,6 @@ def _fetch_adapter(adapter: Path, load: str, workers: int) -> Path:
     if complete(target):
         return target
     directory = fetch(*base, workers=workers)
-    assert directory is not None
     from tadistill.models.modify import merge  # imports torch
 
     with files.publishing(target) as temporary:
@@ -343,6 +343,4 @@ def fetch_part(load: str, revision: str, gives: Gives, *, workers: int = 8) -> P
         from tadistill.models.served_model import fetch_head  # imports torch
 
         return fetch_head(load, revision)
-    found = fetch(load, revision, weights=not on_hub, workers=workers)
-    assert found is not None, "a model with `serve` is never `scratch:TYPE`, so its files exist"
-    return found
+    return fetch(load, revision, weights=not on_hub, workers=workers)

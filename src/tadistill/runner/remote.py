@@ -132,8 +132,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
         raise ConfigError(f"models.{name} is not loaded from files, so no server can run it; name a model whose `load` names files")
     serve = model.serve or Serve(at=("http://127.0.0.1:8000",))
     hub = sources.parse_source(model.load).kind == "hub"
-    directory = None if hub else sources.fetch(model.load, model.revision)
-    found = ["vllm", "serve", model.load if directory is None else str(directory)]
+    found = ["vllm", "serve", model.load if hub else str(sources.fetch(model.load, model.revision))]
     found += ["--revision", model.revision] if hub and model.revision != "main" else []
     found += ["--served-model-name", serve.name or recipe.written(model.load) or model.load]
     found += ["--host", host or "127.0.0.1", "--port", str(port or urlsplit(serve.at[0]).port or 8000)]

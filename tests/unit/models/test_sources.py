@@ -144,7 +144,9 @@ def test_fingerprints_without_files():
     first = fingerprint("scratch:llama", config={"hidden_size": 8, "num_hidden_layers": 2})
     assert first == fingerprint("scratch:llama", config={"num_hidden_layers": 2, "hidden_size": 8})
     assert first == 'scratch:{"config":{"hidden_size":8,"num_hidden_layers":2},"type":"llama"}'
-    assert locate("scratch:llama") is fetch("scratch:llama") is None
+    assert locate("scratch:llama") is None
+    with pytest.raises(ModelError, match="model `scratch:llama` has no tokenizer of its own"):
+        fetch("scratch:llama")
 
 
 def test_sampled_digest_sees_both_ends_and_the_middle(tmp_path):
