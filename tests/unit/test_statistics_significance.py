@@ -46,7 +46,8 @@ def test_holm_by_hand():
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([0.03]) == [0.03]
-    assert holm([]) == []
+    assert holm([]) == holm([], untested=2) == []
+    assert holm([0.02, 0.01], untested=2) == holm([0.02, 0.01, 1.0, 1.0])[:2] == pytest.approx([0.06, 0.04])
 
 
 def test_equivalence_looks_at_the_ninety_percent_interval():

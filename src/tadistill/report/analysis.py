@@ -322,13 +322,12 @@ def gaps_from_sft(results: Results) -> list[Gap]:
     main = results.plan.recipe["evaluate"].get("temperature", 1.0)
     ways = {"sampled" if main else "greedy": metric, **({"greedy": f"{metric}@{greedy}"} if greedy and main else {})}
     found = [(way, m, arm, c) for way, m in ways.items() for arm in distilled if (c := compare(results, arm, tuned.name, m))]
-    # the correction counts unfinished comparisons too, so that a claim cannot be reversed when they finish
     family = len(ways) * len(distilled)
-    adjusted = holm([gap.p for *_, (gap, _) in found] + [1.0] * (family - len(found)))
+    adjusted = holm([gap.p for *_, (gap, _) in found], untested=family - len(found))
     tested = {frozenset((c.arm, c.other)): (c.p_holm, c.family) for c in comparisons(results)}  # the study's verdicts on the same pairs
     return [
         Gap(way, m, arm, gap, len(seeds), *((m == metric and tested.get(frozenset((arm, tuned.name)))) or (p, family)))
-        for (way, m, arm, (gap, seeds)), p in zip(found, adjusted, strict=False)
+        for (way, m, arm, (gap, seeds)), p in zip(found, adjusted, strict=True)
     ]
 
 

@@ -20,7 +20,7 @@ from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
 from tadistill.results.sample_answers import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, enough_seeds, is_clear
-from tadistill.statistics import Difference, holm
+from tadistill.statistics import holm
 from tadistill.text import counted, listed
 
 
@@ -100,17 +100,12 @@ def _named(names: list[str]) -> str:
 
 def _clear(results: Results, rows: Sequence[ForestRow]) -> list[ForestRow]:
     known = clear_against_sft(results)  # as in the report's answer
-    adjusted = _holm([row.difference for row in rows], missing=sum(not results.scores[arm.name] for arm in results.plan.arms))
+    adjusted = holm([row.difference.p for row in rows], untested=sum(not results.scores[arm.name] for arm in results.plan.arms))
     found = []
     for row, p in zip(rows, adjusted, strict=True):
         clear = is_clear(row.difference, p, enough=enough_seeds(row.arm, row.other, len(row.per_seed)))
         found += [row] if known.get(frozenset((row.arm.name, row.other.name)), clear) else []
     return found
-
-
-def _holm(differences: Sequence[Difference], missing: int = 0) -> list[float]:
-    # the correction counts missing comparisons too, so that a claim cannot be reversed when they finish
-    return holm([difference.p for difference in differences] + [1.0] * missing)[: len(differences)]
 
 
 def over_compute(results: Results) -> str:
@@ -121,7 +116,7 @@ def over_compute(results: Results) -> str:
     if seeds < SEEDS_FOR_A_CLAIM:
         what = f"{metric_title(primary_metric(results))} of {counted(len(curves), 'arm')} over training compute"
         return _sentence(f"{what}; {SEEDS_FOR_A_CLAIM} training seeds are needed for a claim")
-    found = list(zip(gaps, _holm([gap for _, gap in gaps]), strict=True))
+    found = list(zip(gaps, holm([gap.p for _, gap in gaps]), strict=True))
     clear = [(name, gap.mean > 0) for (name, gap), p in found if is_clear(gap, p, enough=True)]
     better, worse = ([name for name, is_above in clear if is_above == above] for above in (True, False))
     if not better and not worse:

@@ -163,10 +163,9 @@ def comparisons(results: Results) -> tuple[Comparison, ...]:
         compared = compare(results, pair.arm.name, pair.other.name, metric) if pair.other else None
         if pair.other and compared:
             found.append((pair, pair.other, *compared))
-    # the correction counts unfinished pairs too, so that a verdict cannot be reversed when they finish
-    family = max(len(found), sum(pair.other is not None for pair in pairs(results)))
-    adjusted = holm([difference.p for _, _, difference, _ in found] + [1.0] * (family - len(found))) if found else []
-    return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=False))
+    family = sum(pair.other is not None for pair in pairs(results))
+    adjusted = holm([difference.p for _, _, difference, _ in found], untested=family - len(found))
+    return tuple(_comparison(results, *entry, p_holm, family) for entry, p_holm in zip(found, adjusted, strict=True))
 
 
 def by_importance(results: Results) -> list[Comparison]:

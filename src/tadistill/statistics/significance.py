@@ -48,20 +48,24 @@ def sign_flip(differences_S: ArrayLike) -> SignFlip:
     return SignFlip(p, 2.0 / 2 ** len(differences))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], *, untested: int = 0) -> list[float]:
     """Return the p-values, corrected for multiple testing by Holm's method. Their order stays the same.
 
     The usual rule rejects each hypothesis whose corrected p-value is below 0.05. The chance of any false rejection is then at most 5 %.
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979).
+
+    Args:
+        untested: the number of further hypotheses, which have no p-value yet. They count too, so that no rejection is reversed when they
+            are tested.
     """
-    p = np.asarray(p_values, dtype=np.float64)
+    p = np.array([*p_values, *[1.0] * untested], dtype=np.float64)
     if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"p-values must be a list of numbers from 0 to 1, not {p_values}")
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted.tolist()
+    return adjusted[: len(p) - untested].tolist()
 
 
 def equivalent(difference: Difference, margin: float) -> bool:
