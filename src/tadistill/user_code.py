@@ -65,12 +65,12 @@ class OwnFunction:
             ) from error
 
 
-def load_function(name: str, folder: str | Path | None = None) -> OwnFunction:
+def load_function(name: str, folder: str | Path | None) -> OwnFunction:
     """Import a metric or objective of the user. If the function itself imports modules, call it before you load one of another study.
 
     Args:
         name: MODULE:FUNCTION.
-        folder: the folder where MODULE is looked for first; the current directory by default.
+        folder: the folder where MODULE is looked for first. None means the current directory.
 
     Raises:
         ConfigError: there is no such module or function, or the import fails.

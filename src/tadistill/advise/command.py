@@ -69,7 +69,7 @@ ON_REFERENCES: Columns = (("KL(p‖q)", "forward_kl", 3), ("loss p/q", "loss_rat
 
 @placed
 def advise_recipe(
-    recipe: Recipe, *, source: str, overrides: Sequence[str], options: Sequence[str] = (), runs: Path, prompts: int, console: Terminal
+    recipe: Recipe, *, source: str, overrides: Sequence[str], options: Sequence[str], runs: Path, prompts: int, console: Terminal
 ) -> Path:
     """Measure the models, print the advice, and write RUNS/STUDY/advice.json and advice.html. Return the path of the HTML page.
 

@@ -107,7 +107,7 @@ def encode(
 
 
 def encode_parts(
-    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str = "data", rows: Seq[int] | None = None
+    examples: Iterable[Example], tokenizer: "PreTrainedTokenizerBase", rules: Rules, *, name: str, rows: Seq[int] | None = None
 ) -> Iterator[tuple[list[Encoded], Counts]]:
     """Encode the examples as `encode` does, in parts. Yield each part with the counts of all rows so far.
 

@@ -191,7 +191,7 @@ def estimated_tokens(characters: int) -> int:
     return characters // _CHARACTERS_A_TOKEN
 
 
-def reason_of(error: Exception, variable: str = KEY) -> str:
+def reason_of(error: Exception, variable: str) -> str:
     """Return a clause that describes an error of the `openai` package. "It" is the endpoint, as in "it cannot be reached".
 
     `variable` is the name of the environment variable with the API key.

@@ -4,7 +4,7 @@
     size = size_of(config)                  # None for other families
     forward_flops(size, Work(positions=512, pairs=512**2, heads=512))
     adapters = adapters_of(config, rank=16, targets=("q_proj", "v_proj"))       # low-rank adapters; `models.modify` puts them into a model
-    training_flops(with_adapters(size, adapters), adapters, Work(positions=512, pairs=512**2, heads=512))
+    training_flops(with_adapters(size, adapters), adapters, Work(positions=512, pairs=512**2, heads=512), again=False)
 
 A study can therefore be planned before any weights are loaded.
 """
@@ -222,7 +222,7 @@ def with_adapters(size: Size, adapters: Adapters | None) -> Size:
     return size if adapters is None else replace(size, total=size.total + adapters.trained, matmul=size.matmul + adapters.trained)
 
 
-def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool = False) -> float:
+def training_flops(size: Size, adapters: Adapters, work: Work, *, again: bool) -> float:
     """Return the FLOPs of forward and backward passes if only adapters are trained.
 
     In frozen matrices, a backward pass costs as much as a forward pass, because their weights have no gradients. In attention and in

@@ -185,7 +185,7 @@ class Part:
     """False if `slopes` returns the gradient of the only term without its weight. It is then multiplied while the gradient is written."""
 
 
-def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None = None) -> tuple[Tensor, list[Tensor]]:
+def fused_parts(parts: Sequence[Part], head: Head, *, vocab: int | None) -> tuple[Tensor, list[Tensor]]:
     """Compute parts of a loss that use the same student's head. Return the weighted sum with a graph, and the values of each part."""
     watcher = _watcher.get() or (lambda head, tokens, width, grad: None)
     kind = head.weight.device.type
