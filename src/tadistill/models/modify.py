@@ -240,7 +240,7 @@ def _layer(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.no_grad()
-def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
+def temper_head(model: PreTrainedModel, tau: float) -> None:
     """Divide the logits of the model by `tau`, in place. This scales the weights of the head. If the head shares its weights with
     the embeddings, the weights of the last norm are scaled instead.
 
@@ -260,7 +260,6 @@ def temper_head(model: PreTrainedModel, tau: float) -> PreTrainedModel:
             f"models of type {model.config.model_type} cannot have a temperature: their logits do not scale with the head or with the "
             "last norm; choose another model"
         )
-    return model
 
 
 def _last_norm(model: PreTrainedModel) -> nn.Module:
