@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
+from tadistill.plan.graph import without_seed
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
 from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.measured import StageManifest
@@ -305,7 +306,7 @@ def ledger_rows(results: Results) -> list[LedgerRow]:
     for row in stage_rows(results):
         if row.manifest is not None and row.manifest.flops is not None and row.stage.flops is not None:
             found = row.stage.flops, row.manifest.flops, row.manifest.seconds
-            groups.setdefault(row.stage.label.rsplit(", seed ", 1)[0], []).append(found)
+            groups.setdefault(without_seed(row.stage.label), []).append(found)
     return [LedgerRow(label, *(sum(column) / len(found) for column in zip(*found, strict=True))) for label, found in groups.items()]
 
 
