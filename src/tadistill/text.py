@@ -21,6 +21,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any
 
+MINUS = "\N{MINUS SIGN}"
 LONGEST_VALUE = 200
 """The largest number of characters of a quoted value in a message."""
 _LONGEST_SENTENCE = 3000

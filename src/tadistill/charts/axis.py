@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-MINUS = "\N{MINUS SIGN}"
+from tadistill.text import MINUS
+
 _LARGE = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 

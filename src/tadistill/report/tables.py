@@ -10,7 +10,6 @@ from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title
 from tadistill.results.measured import StageManifest
 from tadistill.results.number_text import (
     DASH,
-    MINUS,
     detectable_text,
     flops_text,
     interval,
@@ -23,7 +22,7 @@ from tadistill.results.number_text import (
 from tadistill.results.sample_answers import references
 from tadistill.results.study import ArmRecord, StageRecord
 from tadistill.results.verdict import SHOWN, Comparison, comparisons, control_pairs
-from tadistill.text import counted, form
+from tadistill.text import MINUS, counted, form
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from tadistill.metrics import metric_of, metric_title, metric_unit
 from tadistill.results.collect import Summary
 from tadistill.results.measured import UsedRows
 from tadistill.statistics import Difference
-from tadistill.text import listed
+from tadistill.text import MINUS, listed
 
-MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+DASH, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 ALL_ZERO = "all paired differences are 0"
 ONE_PROMPT = "no interval: a test set has only one prompt"
 

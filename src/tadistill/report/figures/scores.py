@@ -11,11 +11,11 @@ from tadistill.report.figures import MANY, looks, rows_axis, span_axis, titled
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
-from tadistill.results.number_text import MINUS, gap_text, number, p_text, summary_text
+from tadistill.results.number_text import gap_text, number, p_text, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import SHOWN, Comparison, comparisons, control_pairs
 from tadistill.statistics import Difference
-from tadistill.text import counted
+from tadistill.text import MINUS, counted
 
 _PAIRS = 15  # with more pairs of models than this, all models are compared only with the first
 _ROW, _TALL_ROW = 36, 46  # pixels of a row with one line of text and with two
