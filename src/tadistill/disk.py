@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from tadistill.errors import ConfigError, StoreError, TadistillError
+from tadistill.errors import ConfigError, StoreError, TadistillError, cause
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -111,14 +111,13 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError if the disk is full
         if type(error).__name__ in _OF_A_GPU:
             raise
-        reason = getattr(error, "strerror", None) or error
         fix = "free some space or check permissions, then run the same command again"
         if isinstance(error, NotADirectoryError | FileExistsError):
             fix = "one of the folders in this path is a file; choose another folder"
         with suppress(ConfigError):  # without a home folder, there may be no folder of the cache
             if path.is_relative_to(cache_root()):
                 fix += " (the variable TADISTILL_CACHE sets the folder of the cache)"
-        raise StoreError(f"cannot write {path}: {reason}; {fix}") from error
+        raise StoreError(f"cannot write {path}: {cause(error)}; {fix}") from error
 
 
 def ordinary_permissions(path: Path) -> None:
@@ -305,4 +304,4 @@ def damaged(path: Path, reason: str | Exception, fix: str = _AGAIN) -> StoreErro
     """Return the StoreError for a file that is missing or damaged. Its message gives the file, the reason and the fix. If this user has no
     permission to read the file, the fix is `PERMIT`."""
     fix = PERMIT if isinstance(reason, PermissionError) else fix
-    return StoreError(f"{path} cannot be read ({getattr(reason, 'strerror', None) or reason}): {fix}")
+    return StoreError(f"{path} cannot be read ({cause(reason)}): {fix}")

@@ -44,6 +44,11 @@ def did_you_mean_then(given: str, known: Iterable[str], rest: str, *, cutoff: fl
     return f"{near} {rest[0].upper()}{rest[1:]}" if near else rest
 
 
+def cause(error: object) -> object:
+    """Return what an error says, without the name of its file if the system raised it, such as `No space left on device`."""
+    return getattr(error, "strerror", None) or error
+
+
 def leads_nowhere(path: Path) -> str:
     """Return the error sentence for a link whose target does not exist. The text is empty if the path is no such link."""
     if path.is_symlink() and not path.exists():

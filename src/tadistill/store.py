@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tadistill.disk import damaged, digest, from_home, read_json, sha256, sync, write_json
-from tadistill.errors import ConfigError, StoreError
+from tadistill.errors import ConfigError, StoreError, cause
 from tadistill.text import counted
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def _change(folder: Path, name: str) -> str:
     except PermissionError as error:
         raise damaged(path, error) from error
     except OSError as error:
-        return f"cannot be read ({error.strerror or error})"
+        return f"cannot be read ({cause(error)})"
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,7 @@ from tadistill.data import hub, tinyworld
 from tadistill.data.hub import NAMED
 from tadistill.data.rows import OPTIONAL, Example, example, where_of
 from tadistill.disk import sha256
-from tadistill.errors import DataError, no_file
+from tadistill.errors import DataError, cause, no_file
 
 _SHOWN = 8
 """Largest number of files that a message names."""
@@ -245,8 +245,7 @@ def _local_file(ref: DataRef, split: str, root: str | None) -> Path | None:
         if ref.load not in NAMED and (there := next((folder for folder in folders if folder.is_dir()), None)):
             _check_folder(ref, there, split)
     except (OSError, RuntimeError) as error:  # a name of more than 255 characters, or `~USER` of an unknown user
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"data set `{ref.load}` is not a valid path ({why}); correct the path, or `data.root`") from error
+        raise DataError(f"data set `{ref.load}` is not a valid path ({cause(error)}); correct the path, or `data.root`") from error
     return None
 
 

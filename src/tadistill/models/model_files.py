@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from tadistill import disk
 from tadistill.data import hub
-from tadistill.errors import ModelError
+from tadistill.errors import ModelError, cause
 
 WEIGHTS = (".safetensors", ".bin")
 ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # names of the files that peft writes
@@ -179,8 +179,7 @@ def base_of(adapter: Path, load: str) -> tuple[str, str]:
             if (folder / "config.json").is_file() or is_adapter(folder):
                 return os.path.normpath(folder), "main"
     except (OSError, RuntimeError) as error:  # a part has more than 255 characters, or ~NAME is no user
-        why = getattr(error, "strerror", None) or error
-        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a valid path ({why}); correct {ADAPTER}") from error
+        raise ModelError(f"adapter `{load}` belongs to `{base}`, which is not a valid path ({cause(error)}); correct {ADAPTER}") from error
     if not HUB_ID.fullmatch(base):
         raise ModelError(
             f"adapter `{load}` belongs to the model `{base}`, which is no directory here and no hub id; write its directory or hub id {fix}"

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from tadistill import disk as files
 from tadistill.config import Recipe
-from tadistill.errors import ModelError, no_file
+from tadistill.errors import ModelError, cause, no_file
 from tadistill.models import wheel_files
 from tadistill.models.model_files import (
     ADAPTER_WEIGHTS,
@@ -63,8 +63,8 @@ def parse_source(load: str) -> Source:
     try:
         return _parsed(load)
     except (OSError, RuntimeError) as error:  # a part has more than 255 characters, or ~NAME is no user
-        why = getattr(error, "strerror", None) or error
-        raise ModelError(f"`{load}` is not a valid path ({why}); correct the path, or write a hub id in the form ORG/NAME") from error
+        fix = "correct the path, or write a hub id in the form ORG/NAME"
+        raise ModelError(f"`{load}` is not a valid path ({cause(error)}); {fix}") from error
 
 
 def _parsed(load: str) -> Source:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tadistill.errors import ConfigError, TadistillError
+from tadistill.errors import ConfigError, TadistillError, cause
 from tadistill.store import Store
 from tadistill.terminal import Terminal
 from tadistill.watch import page
@@ -90,9 +90,8 @@ def make_server(study: Path, store: Store, *, port: int) -> Server:
     try:
         server = Server(study, store, port)
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"port {port} of 127.0.0.1 cannot be used ({reason}); choose another one with --port, or give 0 for any free port"
+            f"port {port} of 127.0.0.1 cannot be used ({cause(error)}); choose another one with --port, or give 0 for any free port"
         ) from error
     try:
         server.watched.look()
