@@ -5,6 +5,7 @@ visible("a\x1b[2J")     -> shows control characters as escapes, here as `\x1b`
 visible_parts(value)    -> does the same for every text in lists and dicts
 one_line(text)          -> also shows line breaks as escapes
 shortened(sentence)     -> cuts every quoted value at 200 characters
+beginning(text, 120)    -> the first 120 characters, on one line
 counted(1, "stage")     -> "1 stage"; counted(3, "stage") -> "3 stages"
 listed(["a", "b"])      -> "a and b"
 shown(3)                -> "3"; shown(a model) -> "a LlamaForCausalLM"
@@ -60,6 +61,12 @@ def shortened(sentence: str) -> str:
     # the pattern also matches short quoted values, because the text between two of them must not count as a value
     cut = _VALUES.sub(lambda found: _cut(found[0], LONGEST_VALUE) if len(found[0]) > LONGEST_VALUE else found[0], sentence)
     return _cut(cut, _LONGEST_SENTENCE) if len(cut) > _LONGEST_SENTENCE else cut
+
+
+def beginning(text: str, most: int) -> str:
+    """Return a text on one line, cut after `most` characters."""
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[: most - 1]}…"
 
 
 def guarded(cell: str) -> str:

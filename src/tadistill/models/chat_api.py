@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from tadistill.config.common import is_http_address
 from tadistill.errors import ConfigError
+from tadistill.text import beginning
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PUBLIC = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 _LATER = (408, 409, 425, 429)  # HTTP statuses below 500 after which the same request may succeed later
+_SHOWN = 120  # characters of an answer of the endpoint in a message
 _CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for estimates
 
 
@@ -231,5 +233,4 @@ def _wait(error: Exception) -> float | None:
 
 def _start(body: object) -> str:
     text = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-    words = " ".join(str(text).split())
-    return words if len(words) <= 120 else words[:119] + "…"
+    return beginning(str(text), _SHOWN)

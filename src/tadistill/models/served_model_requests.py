@@ -23,6 +23,7 @@ import httpx2 as httpx
 
 from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError, ServerFailed
+from tadistill.text import beginning
 
 PAUSES = (1.0, 2.0, 4.0, 8.0)
 """Seconds to wait before a failed request is sent again: one number for each repetition."""
@@ -192,5 +193,4 @@ def _message(response: httpx.Response) -> str:
 
 
 def _start(text: Any) -> str:
-    words = " ".join((text.decode(errors="replace") if isinstance(text, bytes) else str(text)).split())
-    return words if len(words) <= _SHOWN else f"{words[: _SHOWN - 1]}…"
+    return beginning(text.decode(errors="replace") if isinstance(text, bytes) else str(text), _SHOWN)
