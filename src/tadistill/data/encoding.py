@@ -29,7 +29,8 @@ from tadistill.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PART = 1000  # number of rows that are tokenised in one call
+PART = 1000
+"""Number of rows that are tokenised in one call."""
 _MARKS = ("\n", ":", ")")
 """Texts that are put before a text to get its tokens behind a prompt. Several, because a tokenizer may join one with the text."""
 
@@ -117,7 +118,7 @@ def encode_parts(
     pairs, encoder = zip(itertools.count() if rows is None else rows, examples, strict=False), Encoder(tokenizer, rules, name)
     shortest, own = 0, rules.context.max_prompt if rules.context else 0
     counts = Counts(0, limit=rules.limit, max_length=rules.max_length, context_limit=own)
-    while part := dict(itertools.islice(pairs, _PART)):
+    while part := dict(itertools.islice(pairs, PART)):
         encoded, numbers, lengths = encoder.part(part)
         counts = counts.plus(**numbers)
         shortest = min(filter(None, [shortest, *lengths]), default=0)

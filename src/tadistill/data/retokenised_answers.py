@@ -24,7 +24,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from tadistill.data.encoding import Encoded, Encoder
+from tadistill.data.encoding import PART, Encoded, Encoder
 from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.rows import Example
 from tadistill.data.token_bytes import TokenBytes, valid_runs
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 TEXTS = "texts.jsonl"
 """Name of the file with the answers, in a stage's folder."""
-_PART = 1000  # number of rows that are tokenised in one call
 
 
 @dataclass(frozen=True)
@@ -133,16 +132,15 @@ def retokenised(
     Raises:
         DataError, ModelError: as in `data.encoding.encode`. It is not an error if no row is left.
     """
-    rules = replace(rules, turns="answer", long_responses="drop" if rules.long_responses == "drop" else "cut", context=None)
+    prompts = map(without_thinking, examples) if rules.thinking == "drop" else examples
+    long = "drop" if rules.long_responses == "drop" else "cut"
+    rules = replace(rules, turns="answer", thinking="keep", long_responses=long, context=None)
     # for answers that were cut: the encoder adds an end token, which is removed afterwards, so one more token fits
     open_rules = replace(rules, max_prompt=rules.limit, max_length=rules.max_length + 1)
-    drops, keep = rules.thinking == "drop", {"thinking": "keep"}
-    encoders = {
-        ended: Encoder(tokenizer, replace(of_ended, **keep), name, plain=True) for ended, of_ended in ((True, rules), (False, open_rules))
-    }
+    encoders = {ended: Encoder(tokenizer, its, name, plain=True) for ended, its in ((True, rules), (False, open_rules))}
     counts, unknown, total = Counts(0, limit=rules.limit, max_length=rules.max_length), 0, 0
-    pairs = _joined(map(without_thinking, examples) if drops else examples, answers)
-    while part := list(islice(pairs, _PART)):
+    pairs = _joined(prompts, answers)
+    while part := list(islice(pairs, PART)):
         found, numbers = list[Encoded](), Counter[str]()
         for ended, encoder in encoders.items():
             written = [(example, a) for example, a in part if a.ended == ended and (ended or a.text)]
