@@ -159,8 +159,7 @@ def top_k(teacher_logits: Tensor, k: int, *, tail: Literal["lump", "drop"] = "lu
     width = teacher_logits.shape[-1]
     if not 1 <= k <= width:
         raise ConfigError(f"`k` is {k}; it must be in [1, {width}], because the vocabulary has {width} tokens")
-    if tail not in ("lump", "drop"):
-        raise ConfigError(f"`tail` is {tail!r}; it must be `lump` or `drop`")
+    checks.choice("tail", tail, ("lump", "drop"))
     log_p = log_probs(teacher_logits, temperature)
     found, ids = log_p.topk(k)
     if tail == "drop":

@@ -111,8 +111,7 @@ class TargetMixture:
     """Probability that a teacher is left out of a batch (see `drawn`). At least one teacher stays."""
 
     def __post_init__(self):
-        if self.kind not in ("geometric", "arithmetic"):
-            raise ConfigError(f"`kind` is {self.kind!r}; it must be `geometric` or `arithmetic`")
+        checks.choice("kind", self.kind, ("geometric", "arithmetic"))
         if not self.weights or min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf"):
             raise ConfigError(f"`weights` is {self.weights}; give one number >= 0 per teacher, and at least one number above 0")
         if not 0 <= self.drop < 1:
@@ -144,9 +143,7 @@ class TargetMixture:
         The result and each tensor of `log_p` (one per teacher) have the same shape (...). For the geometric mixture, the result is the
         weighted mean of `log_p`, without normalisation over the vocabulary.
         """
-        self.check("log_p", len(log_p))
-        total = sum(self.weights)
-        parts = [(w / total, p) for w, p in zip(self.weights, log_p, strict=True) if w > 0]
+        parts = self._weighted("log_p", log_p)
         if self.kind == "geometric":  # log Z depends on the tokens so far, which the student chose, so it is no constant of the reward
             return torch.stack([w * p for w, p in parts]).sum(0)
         return torch.stack([p + float(np.log(w)) for w, p in parts]).logsumexp(0)
@@ -157,13 +154,18 @@ class TargetMixture:
         Args:
             teacher_logits: the logits (..., V) of each teacher, in the order of `weights`.
         """
-        self.check("teacher_logits", len(teacher_logits))
+        weighted = self._weighted("teacher_logits", teacher_logits)
         checks.positive("temperature", temperature)
-        total = sum(self.weights)
-        parts = [(w / total, log_probs(z, temperature)) for w, z in zip(self.weights, teacher_logits, strict=True) if w > 0]
+        parts = [(w, log_probs(z, temperature)) for w, z in weighted]
         if self.kind == "geometric":
             return torch.log_softmax(reduce(torch.add, (w * log_p for w, log_p in parts)), dim=-1) * temperature
         return reduce(torch.logaddexp, (log_p + float(np.log(w)) for w, log_p in parts)) * temperature
+
+    def _weighted(self, name: str, given: Sequence[Tensor]) -> list[tuple[float, Tensor]]:
+        # the entries of the argument `name` that have a weight above 0, each with its normalised weight
+        self.check(name, len(given))
+        total = sum(self.weights)
+        return [(w / total, value) for w, value in zip(self.weights, given, strict=True) if w > 0]
 
 
 Target = Tensor | Hidden | TopK | Sampled
