@@ -98,14 +98,13 @@ def sample(
     with evaluating(student):
         capacity = max(map(len, prompts)) + uniforms_BT.shape[1]
         fit = (teacher_mixed_fast.possible(model, capacity) for model in models.values())
-        packed = isinstance(guide, Mixture) and decoding.plain and all(fit)
+        packed = guide if isinstance(guide, Mixture) and decoding.plain and all(fit) else None
         # without CUDA graphs, `teacher_mixed_fast` starts fewer kernels than `static_cache`, where both models process every token
         in_step = student.device.type in static_cache.DEVICES and not packed
         if in_step and all(static_cache.possible(model, capacity, decoding) for model in models.values()):
             static_cache.fill(record, models, prompts, uniforms_BT, vocab, decoding, guide)
         elif packed:
-            assert isinstance(guide, Mixture)
-            teacher_mixed_fast.fill(record, student, prompts, uniforms_BT, vocab, guide)
+            teacher_mixed_fast.fill(record, student, prompts, uniforms_BT, vocab, packed)
         else:
             for rows in groups(prompts, all(way_of(model).padded for model in models.values())):
                 batch = _Batch(models, [prompts[row] for row in rows], uniforms_BT[rows], vocab)

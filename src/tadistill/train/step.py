@@ -77,9 +77,11 @@ class Models:
             terms: a function that returns the terms of a batch.
         """
         read = [batch.of_share(i) for i in range(len(batch.shares))] or [batch]
-        each: list[tuple[Sequence[Term], tuple[Target, ...]]] = [
-            (own, self.targets(part) if any(isinstance(t, TeacherTerm) for t in own) else ()) for part in read for own in [terms(part)]
-        ]
+        each = list[tuple[Sequence[Term], tuple[Target, ...]]]()
+        for part in read:
+            own = terms(part)
+            needs_teacher = any(isinstance(term, TeacherTerm) for term in own)
+            each.append((own, self.targets(part) if needs_teacher else ()))
         hidden = self.student.hidden(model, batch)
         if batch.aligned is None:
             return self._over_tokens(hidden, batch, each, per)
