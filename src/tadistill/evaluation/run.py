@@ -137,7 +137,7 @@ def _read_references(
     corpus["numbers"]["perplexity"] = float(np.exp(np.concatenate(found["loss"]).mean()))
     if all(r.choices for r in data.rows):
         labels, prompts = [e.choices for e in data.encoded], [e.prompt for e in data.encoded]
-        found = token_scores.label_probabilities(subject.model, prompts, labels, pad=subject.pad, vocab=subject.vocab, batch=batch)
+        found = token_scores.label_probabilities(subject, prompts, labels, batch=batch)
         confidence, correct = token_scores.likeliest(found, [r.choices for r in data.rows], [r.references for r in data.rows])
         columns["label_accuracy"] = 100 * correct[:, None]
         bins["labels"] = token_scores.bins(confidence, correct)

@@ -5,7 +5,7 @@ To save memory, logits exist only for a few tokens at a time. Axes: N tokens, V 
 Calibration shows how well a model's confidence agrees with the share of its correct predictions. The result is the expected calibration
 error (ECE):
 
-    probabilities = label_probabilities(model, prompts, choices, pad=…, vocab=…, batch=…)
+    probabilities = label_probabilities(subject, prompts, choices, batch=…)
     ece(bins(*likeliest(probabilities, labels, references)))
 
 For tasks with a few answer choices, the prediction is the choice with the highest probability. MiniLLM evaluates SST-2 and BoolQ this way
@@ -222,7 +222,7 @@ def ece(of: Bins) -> float:
 
 @torch.no_grad()
 def label_probabilities(
-    model: PreTrainedModel, prompts: Seq[tuple[int, ...]], choices: Seq[Seq[tuple[int, ...]]], *, pad: int, vocab: int, batch: int
+    subject: Subject, prompts: Seq[tuple[int, ...]], choices: Seq[Seq[tuple[int, ...]]], *, batch: int
 ) -> list[np.ndarray]:
     """Return the model's probability of each answer choice. The probabilities of one prompt's choices sum to 1.
 
@@ -231,14 +231,11 @@ def label_probabilities(
     Args:
         prompts: token ids of each prompt.
         choices: for each prompt, the token ids of each of its choices (`Encoded.choices`). A choice has at least one token.
-        pad: the token id for padding; any id works.
-        vocab: the vocabulary size. The model's logits of larger ids are left out.
         batch: sequences per forward pass.
 
     Returns:
         One float64 array per prompt, with one probability per choice.
     """
-    reader = Reader(model)
     stems: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for i, labels in enumerate(choices):
         for k, label in enumerate(labels):
@@ -247,7 +244,7 @@ def label_probabilities(
     sequences = [Sequence(tuple(prompts[i]), tuple(choices[i][members[0]])) for i, members in groups]
     found = [np.zeros(len(labels)) for labels in choices]
     for part in by_length(sequences, batch):
-        rows, start = collate([sequences[g] for g in part], pad=pad).to(model.device), 0
+        rows, start = collate([sequences[g] for g in part], pad=subject.pad).to(subject.model.device), 0
         at, tokens, owners = [], [], []
         for i, members in (groups[g] for g in part):
             length = len(choices[i][members[0]])
@@ -256,8 +253,9 @@ def label_probabilities(
                 tokens += choices[i][k]
                 owners += [(i, k)] * length
             start += length
-        hidden = reader.hidden(model, rows)[torch.tensor(at, device=model.device)]
-        for (i, k), loss in zip(owners, _losses(reader, hidden, torch.tensor(tokens), vocab), strict=True):
+        hidden = subject.reader.hidden(subject.model, rows)
+        chosen = hidden[torch.tensor(at, device=hidden.device)]
+        for (i, k), loss in zip(owners, _losses(subject, chosen, torch.tensor(tokens)), strict=True):
             found[i][k] -= loss
     return [softmax(scores) for scores in found]
 
@@ -270,13 +268,13 @@ def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references
     return confidence, np.array(right, bool)
 
 
-def _losses(reader: Reader, hidden: Tensor, tokens: Tensor, vocab: int) -> np.ndarray:
+def _losses(subject: Subject, hidden: Tensor, tokens: Tensor) -> np.ndarray:
     targets = tokens.to(hidden.device)
 
     def values(logits: Tensor, _: tuple, at: slice) -> Tensor:
         return cross_entropy(logits, targets[at]).unsqueeze(0)
 
-    _, (loss,) = fused_head(hidden, reader.head, values, torch.ones(1, 1, device=hidden.device), vocab=vocab)
+    _, (loss,) = fused_head(hidden, subject.reader.head, values, torch.ones(1, 1, device=hidden.device), vocab=subject.vocab)
     return loss.double().cpu().numpy()
 
 

@@ -1,6 +1,7 @@
 """Calibration against direct loops; label probabilities against whole logits."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tests.conftest import tiny_model
 
 from tadistill.errors import DataError
-from tadistill.evaluation.token_scores import bins, ece, label_probabilities, likeliest
+from tadistill.evaluation.token_scores import Subject, bins, ece, label_probabilities, likeliest
 
 RNG = np.random.default_rng(0)
 CONFIDENCE = np.concatenate([RNG.random(400), np.arange(16) / 15, [0.0, 1.0, 1.0]])
@@ -86,7 +87,7 @@ def spoken(model, prompt, label, vocab) -> float:
 @pytest.mark.parametrize(("batch", "vocab"), [(1, 31), (3, 31), (64, 31), (64, 25)])
 def test_label_probabilities_equal_a_direct_computation(kind, batch, vocab):
     model = tiny_model(kind)
-    found = label_probabilities(model, PROMPTS, CHOICES, pad=0, vocab=vocab, batch=batch)
+    found = label_probabilities(Subject(model, SimpleNamespace(eos_token_id=0), vocab, (0,)), PROMPTS, CHOICES, batch=batch)
     for probabilities, prompt, labels in zip(found, PROMPTS, CHOICES, strict=True):
         with torch.no_grad():
             expected = torch.tensor([spoken(model, prompt, label, vocab) for label in labels]).double().softmax(0)
