@@ -9,6 +9,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,10 +190,8 @@ def _plain(text: str) -> str:
 def _stemmer() -> Any:
     from nltk.stem.porter import PorterStemmer  # here: it imports scipy.stats, which most stages do not need
 
-    class Stemmer:  # it keeps the stems of frequent words, because stemming takes longer than the rest of a score
-        stem = staticmethod(lru_cache(maxsize=2**16)(PorterStemmer().stem))
-
-    return Stemmer()
+    # the stems of frequent words are kept, because stemming takes longer than the rest of a score
+    return SimpleNamespace(stem=lru_cache(maxsize=2**16)(PorterStemmer().stem))
 
 
 def _ascii_words(text: str) -> list[str]:
