@@ -255,6 +255,16 @@ class Gap:
     def clear(self) -> bool:
         return is_clear(self.difference, self.p, enough=self.enough)
 
+    @property
+    def is_better(self) -> bool:
+        """True if the distilled arm is clearly better than the fine-tuned one."""
+        return self.clear and self.difference.mean > 0
+
+    @property
+    def is_worse(self) -> bool:
+        """True if the distilled arm is clearly worse than the fine-tuned one."""
+        return self.clear and self.difference.mean < 0
+
 
 def student_of(results: Results) -> str:
     """Return the model that the study is about: the one that the first compared arm trains, or else the one that most arms train."""
@@ -284,21 +294,26 @@ def against_sft(results: Results) -> str:
     if not gaps:
         return f"Distillation is not compared with plain fine-tuning (SFT, {tuned.name}) yet: no finished training seed is common to both."
     ways = {way: [gap for gap in gaps if gap.way == way] for way in dict.fromkeys(gap.way for gap in gaps)}
-    wins = [way for way, of_way in ways.items() if any(gap.clear and gap.difference.mean > 0 for gap in of_way)]
-    worse = {way: [gap.arm for gap in of_way if gap.clear and gap.difference.mean < 0] for way, of_way in ways.items()}
-    all_worse = all(len(names) == len(distilled) for names in worse.values())
-    claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
-    only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(ways) else ""
-    few = "" if any(gap.enough for gap in gaps) else f": {few_text(max(gap.seeds for gap in gaps)).removesuffix('.')}"
-    sentences = [f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}{few}."]
+    sentences = [_claim(ways, tuned, len(distilled))]
     sentences += [_way_text(of_way, primary_metric(results), first=not i) for i, of_way in enumerate(ways.values())]
     near = [gap for gap in gaps if gap.enough and gap.difference.mean > 0 and not gap.difference.covers_zero]
-    if near and not wins:
+    if near and not any(gap.is_better for gap in gaps):
         sentences.append(_near_text(near, len(gaps)))
-    for way, names in worse.items() if len(distilled) > 1 else ():
-        if names:
-            sentences.append(f"With {way} answers, {some(names)} {form(len(names), 'is', 'are')} clearly worse than {tuned.name}.")
+    for way, of_way in ways.items() if len(distilled) > 1 else ():
+        if worse := [gap.arm for gap in of_way if gap.is_worse]:
+            sentences.append(f"With {way} answers, {some(worse)} {form(len(worse), 'is', 'are')} clearly worse than {tuned.name}.")
     return " ".join(sentences)
+
+
+def _claim(ways: Mapping[str, Sequence[Gap]], tuned: ArmRecord, distilled: int) -> str:
+    # `ways` has the finished differences with each kind of answers, and `distilled` is the number of distilled arms
+    wins = [way for way, of_way in ways.items() if any(gap.is_better for gap in of_way)]
+    all_worse = all(sum(gap.is_worse for gap in of_way) == distilled for of_way in ways.values())
+    claim = "is clearly better than" if wins else "is clearly worse than" if all_worse else "is not clearly better than"
+    only = f", but only with {wins[0]} answers" if len(wins) == 1 < len(ways) else ""
+    most = max((gap for of_way in ways.values() for gap in of_way), key=lambda gap: gap.seeds)
+    few = "" if most.enough else f": {few_text(most.seeds).removesuffix('.')}"
+    return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}{few}."
 
 
 @once
