@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from tadistill.config import ModelConfig
 from tadistill.config.arm import direct_arm
 from tadistill.config.model import origin
-from tadistill.disk import read_json
+from tadistill.disk import damaged, read_json
 from tadistill.errors import ConfigError, StoreError, TadistillError
 from tadistill.metrics import NOT_COMPARABLE, higher_is_better
-from tadistill.results.compare import load_reported
 from tadistill.results.measured import settings_over_spans, training_settings
 from tadistill.results.study import ArmRecord, StudyPlan, load_plan
 from tadistill.runner.local import ADVICE
+from tadistill.statistics import spread_claimed
 from tadistill.store import MANIFEST, STAGE, Store, key_of, plan_again, store_of
 from tadistill.text import counted
 
@@ -165,7 +165,7 @@ def history(runs: Path) -> History:
         for plan, folder in _plans(path.parent, left_out):
             try:
                 models = _models(plan, folder)
-                measures, reported = load_measures(path.parent), load_reported(folder)
+                measures, reported = load_measures(path.parent), _reported(folder)
             except TadistillError as error:
                 left_out.append(str(error))
                 continue
@@ -220,6 +220,26 @@ def load_measures(study_dir: Path) -> dict[tuple[str, str], EdgeMeasures]:
         }
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise StoreError(f"{path} is damaged ({type(error).__name__}: {error}); run `tadistill advise RECIPE` to write it again") from error
+
+
+def _reported(study_dir: Path) -> dict[tuple[str, str], float]:
+    """Return the standard error of the difference between each chain (path with assistants) and direct distillation.
+
+    The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
+    metric). The result is empty if the file does not exist.
+    """
+    path = study_dir / "results.json"
+    if not path.is_file():
+        return {}
+    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
+    try:
+        return {
+            (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
+            for c in content["comparisons"]
+            if c["against"] != "pair" and c["low"] is not None
+        }
+    except (KeyError, TypeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:

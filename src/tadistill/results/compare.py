@@ -10,7 +10,6 @@ at the temperature that gives both arms the same entropy. If a gain is only shar
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,11 +18,10 @@ from numpy.typing import NDArray
 from tadistill.config.added_arms import at_budget, budget_of
 from tadistill.config.arm import direct_arm, read_compute
 from tadistill.constants import misses_budget
-from tadistill.disk import damaged, read_json
 from tadistill.metrics import metric_of
 from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, once, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord
-from tadistill.statistics import Difference, macro_difference, spread_claimed
+from tadistill.statistics import Difference, macro_difference
 
 Bucket = tuple[int, int | None]
 _Stacked = tuple[list[NDArray[np.float64]], NDArray[np.float64]]  # the scores on each set, and each seed's mean over the sets
@@ -327,23 +325,3 @@ def _weights(points: Sequence[Point], target: float) -> dict[str, float]:
 
 def _blend(results: Results, arm: str, seeds: Sequence[int], set_name: str, weights: dict[str, float]) -> np.ndarray:
     return np.sum([weight * stack(results, arm, seeds, set_name, metric) for metric, weight in weights.items()], axis=0)
-
-
-def load_reported(study_dir: Path) -> dict[tuple[str, str], float]:
-    """Return the standard error of the difference between each chain (path with assistants) and direct distillation.
-
-    The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
-    metric). The result is empty if the file does not exist.
-    """
-    path = study_dir / "results.json"
-    if not path.is_file():
-        return {}
-    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
-    try:
-        return {
-            (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
-            for c in content["comparisons"]
-            if c["against"] != "pair" and c["low"] is not None
-        }
-    except (KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error
