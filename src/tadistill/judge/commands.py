@@ -60,9 +60,11 @@ def judge(
                 raise JudgeFailed(stopped(f"the endpoint {client.base_url} failed: {error}", plan.cached, plan.questions)) from error
         verdicts = _ask(console, questions, settings, cache, client)
     rows = summarise(answers, questions, verdicts, mode=mode, against=against)
-    more = {"questions": plan.questions, "training_seeds": list(answers.seeds), "temperature": settings.temperature}
-    more["evaluations"] = answers.evaluations
-    more |= {
+    more = {
+        "questions": plan.questions,
+        "training_seeds": list(answers.seeds),
+        "temperature": settings.temperature,
+        "evaluations": answers.evaluations,
         "unparsed": len(verdicts.unparsed),
         "missing": len(verdicts.refused) + len(verdicts.unasked),
         "unfinished": list(answers.unfinished),

@@ -69,15 +69,14 @@ def read_answers(
     """
     plan = load_plan(study_dir)
     store = Store(store.root, plan.command)
-    first = _first_seed(plan, store)
-    chosen, unfinished = _choose(plan, store, arms, first)
-    seeds = (first,)
+    seeds = (_first_seed(plan, store),)
+    chosen, unfinished = _choose(plan, store, arms, seeds[0])
     if all_seeds:
         everywhere = dict.fromkeys(seed for arm in chosen for seed in arm.evaluate)
         seeds = tuple(seed for seed in everywhere if all(store.finished(arm.evaluate.get(seed, "")) for arm in chosen))
     names = tuple(arm.name for arm in chosen)
-    first = {(arm.name, seed): first_answers(stream_predictions(store, arm.evaluate[seed])) for arm in chosen for seed in seeds}
-    tables = {at: {(row["set"], row["index"]): row for row in rows} for at, rows in first.items()}
+    answers = {(arm.name, seed): first_answers(stream_predictions(store, arm.evaluate[seed])) for arm in chosen for seed in seeds}
+    tables = {at: {(row["set"], row["index"]): row for row in rows} for at, rows in answers.items()}
     return Answers(plan, names, seeds, _items(tables, names, seeds, sets, limit), unfinished)
 
 
@@ -178,7 +177,7 @@ class Question:
 def make_questions(answers: Answers, *, mode: str, against: str = REFERENCE) -> list[Question]:
     """Return the questions that compare each arm with `against`, for every prompt and training seed. Each pair is asked in both orders.
 
-    `mode` is `pair` or `score` (see `summary.summarise`). With `score`, `against` must be `REFERENCE`.
+    `mode` is `pair` or `score` (see `scores.summarise`). With `score`, `against` must be `REFERENCE`.
 
     Raises:
         ConfigError: `against` is neither `REFERENCE` nor an arm with answers, is the only arm, or does not fit `mode`.

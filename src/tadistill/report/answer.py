@@ -133,7 +133,7 @@ def _gap_text(gap: Gap, metric: str) -> str:
 def _question(results: Results) -> str:
     arms = results.plan.arms
     if not any(arm.is_trained for arm in arms):
-        return f"How good is {arms[0].name}?" if len(arms) == 1 else f"Which of {len(arms)} models is {_best(arms, 'better', 'the best')}?"
+        return f"How good is {arms[0].name}?" if len(arms) == 1 else f"Which of {len(arms)} models is {_best(arms, 'the best')}?"
     student, chains = sized(results, student_of(results), words=True), [arm for arm in arms if arm.has_assistant]
     return _question_on_paths(results, student, chains) if chains else _question_on_ways(results, student)
 
@@ -141,7 +141,7 @@ def _question(results: Results) -> str:
 def _question_on_ways(results: Results, student: str) -> str:
     trained = [arm for arm in results.plan.arms if arm.is_trained and arm.model == student_of(results)]
     if len(trained) > 1:
-        return f"Which of {len(trained)} ways to train {student} gives the {_best(trained, 'better', 'best')} model?"
+        return f"Which of {len(trained)} ways to train {student} gives the {_best(trained, 'best')} model?"
     made = [f" after distillation from {sized(results, arm.path[0])}" if len(arm.path) > 1 else " after fine-tuning" for arm in trained]
     return f"How good is {student}{made[0] if made else ''}?"
 
@@ -164,8 +164,8 @@ def _question_on_paths(results: Results, student: str, chains: Sequence[ArmRecor
     return f"Is {student} better when {by_chain} than when {name} teaches it directly{equal}?"
 
 
-def _best(compared: Sequence[object], of_two: str, of_many: str) -> str:
-    return of_two if len(compared) == 2 else of_many
+def _best(compared: Sequence[object], of_many: str) -> str:
+    return "better" if len(compared) == 2 else of_many
 
 
 # --- the answer -----------------------------------------------------------------------------------------------------------
