@@ -124,9 +124,15 @@ def without_thinking(message: Mapping[str, Any]) -> dict[str, Any]:
     """Return a message without its thinking, in fields and at the beginning of its text."""
     kept = {name: value for name, value in message.items() if name not in THINKING}
     content = kept.get("content")
-    if isinstance(content, str) and THOUGHT.match(content):
-        kept["content"] = THOUGHT.sub("", content, count=1)
+    if isinstance(content, str):
+        kept["content"] = without_thought(content)
     return kept
+
+
+def without_thought(text: str) -> str:
+    """Return a text without the thinking in tags at its beginning."""
+    found = THOUGHT.match(text)
+    return text[found.end() :] if found else text
 
 
 def missing(part: str, turn: int, where: str) -> DataError:

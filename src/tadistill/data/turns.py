@@ -48,7 +48,7 @@ class Turn:
 def without_thinking(example: Example) -> Example:
     """Return the example without the thinking of the assistant, in its messages and its references."""
     answer = chat.without_thinking(example.last) if example.last else example.last
-    references = tuple(chat.THOUGHT.sub("", text, count=1) if chat.THOUGHT.match(text) else text for text in example.references)
+    references = tuple(map(chat.without_thought, example.references))
     messages = tuple(chat.without_thinking(m) if m.get("role") == "assistant" else m for m in example.messages)
     return replace(example, messages=messages, last=answer, references=references)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tadistill.config.evaluate import REFERENCE
+from tadistill.data.chat import without_thought
 from tadistill.data.prompts import split_prompt
 from tadistill.errors import ConfigError, DataError
 from tadistill.results.measured import stream_predictions
@@ -156,7 +157,6 @@ _LINE = re.compile(
     + _LABEL.format(2) + _SCORE.format("second") + r"\s*\.?",
     re.IGNORECASE,
 )  # fmt: skip
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def parse_scores(reply: str) -> tuple[float, float] | None:
     Also accepted are commas, ``8/10 7/10``, labels (``Assistant 1: 8, Assistant 2: 7``, also on two lines), Markdown's asterisks, and a
     ``<think>`` block before the scores. Scores outside 1 to 10 and lines with more than two numbers are not accepted.
     """
-    lines = [line for line in (_plain(line) for line in _THOUGHT.sub("", reply, count=1).splitlines()) if line]
+    lines = [line for line in (_plain(line) for line in without_thought(reply).splitlines()) if line]
     labelled = len(lines) > 1 and all(re.match(rf"(?i)(?:assistant|answer)\s*{n}\b", line) for n, line in enumerate(lines[:2], start=1))
     for candidate in (lines[:1], lines[:2] if labelled else []):
         match = _LINE.fullmatch(" ".join(candidate))
