@@ -92,8 +92,7 @@ def metric_text(name: str) -> str:
     metric = METRICS[name.partition("@")[0].partition("/")[0]]
     meaning = GLOSSARY.get(metric.title, f"{metric.title}, a metric of this study's own code.")
     sign = " %" if metric.unit == PERCENT else ""
-    reach = f" From 0 to 100{sign}" if metric.unit in (PERCENT, POINTS) else f" In {metric.unit}" if metric.unit else ""
+    reach = f"from 0 to 100{sign}" if metric.unit in (PERCENT, POINTS) else f"in {metric.unit}" if metric.unit else ""
     better = f"{metric.better} is better" if metric.better else ""
-    return f"{meaning}{reach}{'; ' if reach and better else ' ' if better else ''}{better if reach else better.capitalize()}.".replace(
-        "..", "."
-    )
+    facts = "; ".join(filter(None, (reach, better))).rstrip(".")
+    return f"{meaning} {facts[0].upper()}{facts[1:]}." if facts else meaning
