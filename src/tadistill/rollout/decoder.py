@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 from tadistill.models.architectures import is_full
 from tadistill.models.forward import apart, evaluating, rounded, taken, trying
-from tadistill.rollout.draw import cache_name, in_place_cache
 
 # lengths of the prompts on which ways are tried: with padding, with more tokens than a small block or window, and with equal lengths, of
 # which two are left after one has ended
@@ -143,6 +144,82 @@ def _rows(memory: Any, index: Tensor) -> Any:
     elif memory is not None:
         raise TypeError(f"the model keeps earlier tokens in a {type(memory).__name__}, from which single rows cannot be selected")
     return memory
+
+
+# --- KV caches -----------------------------------------------------------------------------------------------------------
+
+
+def aligned(columns: int) -> int:
+    """Round a number of columns of a cache up: attention kernels copy a mask whose width is not a multiple of 8, in every layer."""
+    return columns + -columns % 8
+
+
+class InPlaceLayer(DynamicLayer):
+    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` positions are in use.
+
+    Keys and values have the shape (rows, heads, capacity, head size).
+    """
+
+    # DynamicLayer grows by concatenation, which copies all keys and values at every token: on a CPU a quarter of a small model's decoding
+    # time. StaticCache allocates once too, but it attends to the whole capacity at every token, and it cannot drop rows.
+    def __init__(self, capacity: int):
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            states.new_empty((*states.shape[:2], self.capacity, states.shape[-1])) for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        start, new = self.length, key_states.shape[-2]
+        self.length = start + new
+        # `narrow` takes half the time of an index expression, which matters for two tensors per layer and token
+        self.keys.narrow(2, start, new).copy_(key_states)
+        self.values.narrow(2, start, new).copy_(value_states)
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Return the name of the argument by which a model's forward function takes its memory of earlier tokens, such as `past_key_values`. It
+    depends on the family, and on the version of transformers."""
+    return next((name for name in ALL_CACHE_NAMES if name in inspect.signature(model.forward).parameters), ALL_CACHE_NAMES[0])
+
+
+def tokens_in(memory: object) -> int:
+    """Return the number of tokens in a model's KV cache. Other memories of earlier tokens, such as recurrent states, have 0."""
+    try:
+        return memory.get_seq_length() if isinstance(memory, Cache) else 0
+    except ValueError:  # a cache of recurrent states only
+        return 0
+
+
+def keeps_all(config: PreTrainedConfig, capacity: int) -> bool:
+    """Return True if a model has a KV cache whose layers all keep `capacity` tokens. A layer with a smaller sliding window does not."""
+    layers = DynamicCache(config=config).layers
+    return len(layers) > 0 and all(_keeps(layer, capacity) for layer in layers)
+
+
+def _keeps(layer: object, capacity: int) -> bool:
+    return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
+
+
+def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
+    """Return an empty KV cache for `capacity` tokens. Layers that attend to all of these tokens use `InPlaceLayer`."""
+    cache = DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        if _keeps(layer, capacity):
+            cache.layers[i] = InPlaceLayer(capacity)
+    return cache
 
 
 # --- trying --------------------------------------------------------------------------------------------------------------

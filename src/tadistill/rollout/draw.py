@@ -1,12 +1,11 @@
 """Sampling of one token. Change the distribution (temperature, top-k, top-p), mix it with a teacher's distribution, and draw.
 
-The file also contains the KV caches, and the record of sampled tokens and log-probabilities. In formulas, q is the student's distribution
+The file also contains the record of sampled tokens and log-probabilities. In formulas, q is the student's distribution
 of the next token, p is the teacher's, and b is the distribution from which tokens are sampled.
 
 Axes: B sequences, T tokens so far, V vocabulary size, H hidden size, N tokens of one call.
 """
 
-import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,19 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    Cache,
-    DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
     NoRepeatNGramLogitsProcessor,
-    PreTrainedConfig,
     PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.utils import ALL_CACHE_NAMES
 
 from tadistill.config.common import Decoding
 from tadistill.models.forward import tapped
@@ -190,79 +184,6 @@ def log_prob(logits_BV: Tensor, probabilities_BV: Tensor, tokens_B: Tensor) -> T
     # log p(y) = z(y) - max z + log max p. If the other model chose a token whose probability underflows in this model, log(p(y)) would be
     # minus infinity.
     return _at(logits_BV, tokens_B) - logits_BV.amax(-1) + probabilities_BV.amax(-1).log()
-
-
-def aligned(columns: int) -> int:
-    """Round a number of columns of a cache up: attention kernels copy a mask whose width is not a multiple of 8, in every layer."""
-    return columns + -columns % 8
-
-
-class InPlaceLayer(DynamicLayer):
-    """The KV cache of one layer, with memory for `capacity` tokens. The first `length` positions are in use.
-
-    Keys and values have the shape (rows, heads, capacity, head size).
-    """
-
-    # DynamicLayer grows by concatenation, which copies all keys and values at every token: on a CPU a quarter of a small model's decoding
-    # time. StaticCache allocates once too, but it attends to the whole capacity at every token, and it cannot drop rows.
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity, self.length = capacity, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = (
-            states.new_empty((*states.shape[:2], self.capacity, states.shape[-1])) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        start, new = self.length, key_states.shape[-2]
-        self.length = start + new
-        # `narrow` takes half the time of an index expression, which matters for two tensors per layer and token
-        self.keys.narrow(2, start, new).copy_(key_states)
-        self.values.narrow(2, start, new).copy_(value_states)
-        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-def cache_name(model: PreTrainedModel) -> str:
-    """Return the name of the argument by which a model's forward function takes its memory of earlier tokens, such as `past_key_values`. It
-    depends on the family, and on the version of transformers."""
-    return next((name for name in ALL_CACHE_NAMES if name in inspect.signature(model.forward).parameters), ALL_CACHE_NAMES[0])
-
-
-def tokens_in(memory: object) -> int:
-    """Return the number of tokens in a model's KV cache. Other memories of earlier tokens, such as recurrent states, have 0."""
-    try:
-        return memory.get_seq_length() if isinstance(memory, Cache) else 0
-    except ValueError:  # a cache of recurrent states only
-        return 0
-
-
-def keeps_all(config: PreTrainedConfig, capacity: int) -> bool:
-    """Return True if a model has a KV cache whose layers all keep `capacity` tokens. A layer with a smaller sliding window does not."""
-    layers = DynamicCache(config=config).layers
-    return len(layers) > 0 and all(_keeps(layer, capacity) for layer in layers)
-
-
-def _keeps(layer: object, capacity: int) -> bool:
-    return type(layer) is DynamicLayer or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window >= capacity)
-
-
-def in_place_cache(config: PreTrainedConfig, capacity: int) -> DynamicCache:
-    """Return an empty KV cache for `capacity` tokens. Layers that attend to all of these tokens use `InPlaceLayer`."""
-    cache = DynamicCache(config=config)
-    for i, layer in enumerate(cache.layers):
-        if _keeps(layer, capacity):
-            cache.layers[i] = InPlaceLayer(capacity)
-    return cache
 
 
 def difference(sampled: Tensor, trained: Tensor) -> float:

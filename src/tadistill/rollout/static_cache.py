@@ -25,8 +25,8 @@ from tadistill.config.common import Decoding
 from tadistill.models.architectures import is_full
 from tadistill.models.forward import evaluating
 from tadistill.models.shapes import positions_of
-from tadistill.rollout.decoder import WAYS, Decoder, Trial, left_padded, way_of
-from tadistill.rollout.draw import ASK_EVERY, Guide, InPlaceLayer, Record, aligned, keeps_all, next_tokens, processors, teacher_tap
+from tadistill.rollout.decoder import WAYS, Decoder, InPlaceLayer, Trial, aligned, keeps_all, left_padded, way_of
+from tadistill.rollout.draw import ASK_EVERY, Guide, Record, next_tokens, processors, teacher_tap
 
 DEVICES = {"cuda"}
 """Types of devices on which text is sampled at fixed shapes. Tests add the CPU."""

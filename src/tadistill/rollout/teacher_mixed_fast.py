@@ -28,7 +28,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tadistill.constants import COMPACT_BELOW, PACKED_FAMILIES
 from tadistill.models.forward import ROWS, tapped
-from tadistill.rollout.draw import Mixture, Record, aligned, cache_name, draw, keeps_all, log_prob
+from tadistill.rollout.decoder import aligned, cache_name, keeps_all
+from tadistill.rollout.draw import Mixture, Record, draw, log_prob
 
 _BEHIND = 8  # if a row has more tokens than this that a model has not processed, it is called next; this limits the memory of a call
 _WAITING = 0.5  # the teacher is called when this share of the unfinished rows waits for it

@@ -24,7 +24,8 @@ from tadistill.models.parameter_counts import Size, Work, forward_flops, size_of
 from tadistill.models.teachers import HiddenTeacher, Teacher, nothing
 from tadistill.objectives import Head
 from tadistill.objectives.fused_loss import heads_watched
-from tadistill.rollout.draw import cache_name, difference, tokens_in
+from tadistill.rollout.decoder import cache_name, tokens_in
+from tadistill.rollout.draw import difference
 from tadistill.train import spans
 from tadistill.train.step import Step, mixture_of
 

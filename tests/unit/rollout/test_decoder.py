@@ -11,8 +11,7 @@ from tadistill import rng
 from tadistill.errors import ModelError
 from tadistill.models.forward import check_reading
 from tadistill.models.parameter_counts import Work, forward_flops, size_of
-from tadistill.rollout.decoder import WAYS, Trial, Way, slower, way_of
-from tadistill.rollout.draw import cache_name, tokens_in
+from tadistill.rollout.decoder import WAYS, Trial, Way, cache_name, slower, tokens_in, way_of
 from tadistill.rollout.engine import sample
 from tadistill.train.monitoring import Meter
 

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tadistill import rng
 from tadistill.config.common import Decoding
-from tadistill.rollout.draw import InPlaceLayer, Mixture, Record, Speculation, draw, in_place_cache
+from tadistill.rollout.decoder import InPlaceLayer, in_place_cache
+from tadistill.rollout.draw import Mixture, Record, Speculation, draw
 from tadistill.rollout.engine import sample
 
 PROMPTS = [(5, 6, 7), (9,), (3, 4, 5, 6, 7, 8, 9), (11, 12), (20, 21, 22, 23), (1, 2), (30, 29, 28), (17,)]
