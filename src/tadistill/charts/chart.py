@@ -100,8 +100,7 @@ class Chart:
             x = point.x if point.at is None else point.at
             self._moved |= abs(self.x.place(x) - self.x.place(point.x)) > _VISIBLE
             if point.low is not None and point.high is not None:
-                at = self._at(x)
-                ends = f'x1="{at}" x2="{at}" y1="{self._top(point.low):.1f}" y2="{self._top(point.high):.1f}"'
+                ends = self._between((x, point.low), (x, point.high))
                 self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
             self.mark(name, (x, point.y), look, size=size, tip=point.tip)
             heights = [self._top(y) for y in (point.y, point.low, point.high) if y is not None]
@@ -112,11 +111,11 @@ class Chart:
 
     def row(self, name: str, y: float, point: tuple[float, float, float], look: Look, *, dots: Sequence[float] = (), tip: str = "") -> None:
         """Draw a mean with a horizontal interval (mean, low, high) at height `y`. `dots` are single values, drawn below the mean."""
-        (mean, low, high), height = point, self._top(y)
-        ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{height:.1f}" y2="{height:.1f}"'
+        (mean, low, high), below = point, self._top(y) + 9
+        ends = self._between((low, y), (high, y))
         self._add("marks", f'<line class="span" {ends} style="stroke:{look.colour}"/>', name)
         for dot in dots:
-            self._add("marks", f'<circle class="dot" cx="{self._at(dot)}" cy="{height + 9:.1f}" r="2" style="fill:{look.colour}"/>', name)
+            self._add("marks", f'<circle class="dot" cx="{self._at(dot)}" cy="{below:.1f}" r="2" style="fill:{look.colour}"/>', name)
         self.mark(name, (mean, y), look, size=5.4, tip=tip)
         self._data["points"].append([name, *map(_short, (mean, y, low, high)), tip])
 
@@ -135,10 +134,7 @@ class Chart:
 
     def whisker(self, name: str, at: float, low: float, high: float, *, flat: bool = False) -> None:
         """Draw the interval of a bar: a vertical line at x = `at`. With `flat`, it is a horizontal line at y = `at`."""
-        if flat:
-            ends = f'x1="{self._at(low)}" x2="{self._at(high)}" y1="{self._top(at):.1f}" y2="{self._top(at):.1f}"'
-        else:
-            ends = f'x1="{self._at(at)}" x2="{self._at(at)}" y1="{self._top(low):.1f}" y2="{self._top(high):.1f}"'
+        ends = self._between((low, at), (high, at)) if flat else self._between((at, low), (at, high))
         self._add("marks", f'<line class="whisker" {ends}/>', name)
 
     def segment(
@@ -154,8 +150,7 @@ class Chart:
     ) -> None:
         """Draw a straight line between two points (x, y)."""
         self._across += [self._top(start[1])] if start[1] == end[1] else []
-        ends = f'x1="{self._at(start[0])}" y1="{self._top(start[1]):.1f}" x2="{self._at(end[0])}" y2="{self._top(end[1]):.1f}"'
-        dash = f";stroke-dasharray:{look.dash}" if look.dash else ""
+        ends, dash = self._between(start, end), f";stroke-dasharray:{look.dash}" if look.dash else ""
         style = f"stroke:{look.colour};stroke-width:{width:g}{dash}"
         self._add("back" if not name else "marks", f'<line class="{kind or "guide"}" {ends} style="{style}"{_tip(tip)}/>', name)
 
@@ -277,6 +272,11 @@ class Chart:
 
     def _at(self, x: float) -> str:
         return f"{100 * self.x.place(x):.2f}%"
+
+    def _between(self, start: tuple[float, float], end: tuple[float, float]) -> str:
+        # the attributes of a line between two points (x, y)
+        (x1, y1), (x2, y2) = start, end
+        return f'x1="{self._at(x1)}" x2="{self._at(x2)}" y1="{self._top(y1):.1f}" y2="{self._top(y2):.1f}"'
 
 
 def embedded(value: Any, **form: Any) -> Markup:
