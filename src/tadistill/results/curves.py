@@ -74,7 +74,7 @@ def learning_curves(results: Results) -> list[Curve]:
             groups.setdefault((None, without_seed(stage.label)), {})[stage.seed] = stage.key
     curves: list[Curve] = []
     for (arm_name, name), keys in groups.items():
-        logs = {s: _read_log(results, k) for s, k in keys.items() if results.store.finished(k)}
+        logs = {s: _log(results, k) for s, k in keys.items() if results.store.finished(k)}
         for metric in in_order(name for log in logs.values() for name in log):
             by_seed = {seed: log[metric] for seed, log in logs.items() if metric in log}
             if by_seed:
@@ -97,22 +97,13 @@ def last_dev_value(results: Results, arm: str, model: str, metric: str) -> float
 def values_on_dev(results: Results, key: str, metric: str) -> list[float]:
     """Return the values of a metric on dev in the log of a training, from the first step to the last. It is empty without a value, and if
     the training is not finished."""
-    known = _on_dev(results)
-    if key not in known and results.store.finished(key):
-        _read_log(results, key)
-    return known.get(key, {}).get(f"dev/{metric}", [])
+    logged = _log(results, key).get(f"dev/{metric}") if results.store.finished(key) else None
+    return logged[1].tolist() if logged else []
 
 
-@once
-def _on_dev(results: Results) -> dict[str, dict[str, list[float]]]:
-    # the values on dev in the logs that `_read_log` has read, by the key of the training: they are few, and wanted for each pair of arms
-    return {}
-
-
-def _read_log(results: Results, key: str) -> dict[str, Log]:
-    logs = load_metrics(results.store, key)
-    _on_dev(results)[key] = {name: values.tolist() for name, (_, values) in logs.items() if name.startswith("dev/")}
-    return logs
+@once  # values on dev are wanted for each pair of arms
+def _log(results: Results, key: str) -> dict[str, Log]:
+    return load_metrics(results.store, key)
 
 
 def _mean(logs: Sequence[Log]) -> Log:
