@@ -99,9 +99,13 @@ def with_store(study: Path, runs: str | Path | None = None) -> tuple[Path, "Stor
     pairs = [at_root, *beside] if runs else [*beside, at_root]
     # os.path.isdir returns False for a folder without permission, unlike Path.is_dir
     stages = [sum(os.path.isdir(store_of(home).folder(key)) for key in keys) for _, home in pairs]
-    again_here = stages[0] > 0 and not runs and not place.is_symlink() and last_run_in(place, beside[0][1])
-    exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
-    folder, home = pairs[0 if again_here else stages.index(max(stages))] if any(stages) else [*exist, at_root][0]
+    if stages[0] > 0 and not runs and not place.is_symlink() and last_run_in(place, beside[0][1]):  # it may be running there again
+        folder, home = pairs[0]
+    elif any(stages):
+        folder, home = pairs[stages.index(max(stages))]
+    else:
+        exist = [] if runs or at_root in beside else [pair for pair in beside if os.path.isdir(store_of(pair[1]).root)]
+        folder, home = [*exist, at_root][0]
     if runs and home != root:
         raise ConfigError(
             f"study {study} lies in the runs directory {home}, which has more of its stages than {root}; leave out --runs (in Python "
