@@ -147,8 +147,9 @@ def read_samples(name: str, samples: Sequence[dict[str, Any]], seed: int) -> Tas
     good = [column for column, values in columns.items() if all(_is_share(values.get(row)) for row in rows)]
     left_out = tuple(column for column in columns if column not in good)
     if not good:
-        raise StageFailed(f"task `{name}` of lm-eval has no metric with a value from 0 to 1 for each item (it has {', '.join(left_out)}); "
-                          "remove the task")  # fmt: skip
+        raise StageFailed(
+            f"task `{name}` of lm-eval has no metric with a value from 0 to 1 for each item (it has {', '.join(left_out)}); remove the task"
+        )
     names = {column: SCORE if i == 0 else f"{SCORE}/{column}" for i, column in enumerate(good)}
     scores = {names[column]: [[100 * float(columns[column][row])] for row in rows] for column in good}
     records = [_record(name, first[row], seed) | {m: values[i][0] for m, values in scores.items()} for i, row in enumerate(rows)]

@@ -116,8 +116,11 @@ def refuse_code(directory: Path, load: str, error: Exception) -> None:
     """Raise a ModelError if an error of transformers says that the files of a model need code of their own."""
     if "trust_remote_code" not in str(error):
         return
-    found = [read_description(directory / name, load).get("auto_map") for name in ("config.json", "tokenizer_config.json")
-             if (directory / name).is_file()]  # fmt: skip
+    found = [
+        read_description(directory / name, load).get("auto_map")
+        for name in ("config.json", "tokenizer_config.json")
+        if (directory / name).is_file()
+    ]
     parts = [part for auto_map in found if isinstance(auto_map, dict) for part in auto_map.values()]
     named = sorted({str(name) for part in parts for name in (part if isinstance(part, list) else [part]) if name})
     raise ModelError(

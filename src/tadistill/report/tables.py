@@ -193,7 +193,7 @@ def _comparison_cells(c: Comparison) -> tuple[Cell, ...]:
     value = Cell(signed(d.mean, c.metric, more=1), interval_of(d, c.metric, more=1))
     signs = Cell(f"{c.sign_flip.p:.3f}", f"[{c.sign_flip.smallest:.3f}]") if c.sign_flip else Cell()
     verdict = Cell(SHOWN[c.word], f"({c.credit})" if c.credit else "")
-    return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(detectable_text(c.detectable, c.metric, more=1)), verdict
+    return value, Cell(f"{d.p:.4f}"), Cell(f"{c.p_holm:.4f}"), signs, Cell(detectable_text(c.detectable, c.metric)), verdict
 
 
 def detail_tables(results: Results) -> list[Table]:

@@ -229,8 +229,14 @@ class UsedRows:
     @property
     def record(self) -> dict[str, Any]:
         """Return the numbers as an entry of ``results.json``."""
-        return {"role": self.role, "set": self.set, **asdict(self.counts), "used": self.counts.used, "compared": self.compared,
-                "arms": list(self.arms)}  # fmt: skip
+        return {
+            "role": self.role,
+            "set": self.set,
+            **asdict(self.counts),
+            "used": self.counts.used,
+            "compared": self.compared,
+            "arms": list(self.arms),
+        }
 
 
 def load_rows(store: Store, key: str, corpus: Mapping[str, Mapping[str, Any]]) -> dict[str, Rows]:

@@ -66,12 +66,13 @@ def gap_text(difference: Difference, metric: str) -> str:
     return f"{signed(difference.mean, metric)} {interval_of(difference, metric)}".rstrip()
 
 
-def detectable_text(effect: float | None, metric: str, *, more: int = 0) -> str:
-    """Return the smallest detectable difference as text, such as ``0.3`` or ``< 0.1``. None becomes a dash."""
+def detectable_text(effect: float | None, metric: str) -> str:
+    """Return the smallest detectable difference as text, such as ``0.31`` or ``< 0.01``, with one more decimal than its metric. None
+    becomes a dash."""
     if effect is None:
         return DASH
-    text = number(effect, metric, more=more)
-    return text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + more):g}"
+    text = number(effect, metric, more=1)
+    return text if float(text) else f"< {10.0 ** -(metric_of(metric).decimals + 1):g}"
 
 
 def with_unit(text: str, metric: str) -> str:

@@ -138,7 +138,7 @@ class Numbers:
             value = f"{signed(row['mean'], self.metric, more=1)} {interval(row['low'], row['high'], self.metric, more=1)}"
             signs = f"{row['sign_flip']['p']:.3f} [{row['sign_flip']['smallest']:.3f}]"
             verdict = f"{SHOWN[row['verdict']]} ({row['credit']})" if row["credit"] else SHOWN[row["verdict"]]
-            tests = [f"{row['p']:.4f}", f"{row['p_holm']:.4f}", signs, detectable_text(row["detectable"], self.metric, more=1)]
+            tests = [f"{row['p']:.4f}", f"{row['p_holm']:.4f}", signs, detectable_text(row["detectable"], self.metric)]
             found.append([f"{row['arm']} {DASH} {row['other']}", value, *tests, verdict])
         return found
 

@@ -185,8 +185,14 @@ def plane_figure(results: Results) -> Chart | None:
     summaries = {name: results.summaries[name, MEAN, metric] for name in curves}
     heights = [v for name, points in curves.items() for v in (*(p.value for p in points), summaries[name].low, summaries[name].high)]
     x = span_axis([p.entropy for points in curves.values() for p in points], "entropy of the decoding (nats/token)")
-    chart = Chart("figure-plane", f"{metric_title(metric)} over entropy, one line per arm through its decodings",
-                  x, span_axis(heights, titled(metric), zero=True), height=330, head=24)  # fmt: skip
+    chart = Chart(
+        "figure-plane",
+        f"{metric_title(metric)} over entropy, one line per arm through its decodings",
+        x,
+        span_axis(heights, titled(metric), zero=True),
+        height=330,
+        head=24,
+    )
     highest = max(curves, key=lambda name: max(p.value for p in curves[name]))
     for name, points in curves.items():
         s = summaries[name]
