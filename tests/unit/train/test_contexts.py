@@ -77,9 +77,10 @@ def update(case: str, rows: list[Encoded], step: int = 1, *, packed: bool = Fals
 def losses(made, student, batches) -> tuple[float, torch.Tensor]:
     """Return the loss of an update and its gradient."""
     student.zero_grad()
+    per = {name: float(max(n, 1)) for name, n in counts(batches).items()}
     total = 0.0
     for batch in batches:
-        loss = made.loss(student, batch, {"response": float(counts(batches)["response"]), "corpus": 1.0})
+        loss = made.loss(student, batch, per)
         loss.total.backward()
         total += float(loss.total.detach())
     return total, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])

@@ -11,6 +11,7 @@ import torch
 from tests.byte_models import byte_tokenizer
 from tests.conftest import tiny_model
 from tests.unit.objectives.text_oracle import Side, text_divergence
+from tests.unit.train.test_contexts import losses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -130,18 +131,6 @@ def by_hand(divergence, student, teacher, sequences, *, kd_ratio=1.0, **settings
         plain = log_probs(student, s.prompt, s.response, SIZES[0])
         likelihood += [-plain[k, token] for k, token in enumerate(s.response)]
     return kd_ratio * torch.stack(values).mean() + (1 - kd_ratio) * torch.stack(likelihood).mean()
-
-
-def losses(made, student, batches):
-    """Return the loss of an update and its gradient."""
-    student.zero_grad()
-    per = {name: float(max(n, 1)) for name, n in counts(batches).items()}
-    total = 0.0
-    for batch in batches:
-        loss = made.loss(student, batch, per)
-        loss.total.backward()
-        total += float(loss.total.detach())
-    return total, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
 def gradient(loss, student):
