@@ -42,6 +42,7 @@ from tadistill.errors import DataError
 from tadistill.models.forward import Reader
 from tadistill.models.teachers import Teacher, teacher_of
 from tadistill.objectives import cross_entropy, forward_kl, fused_head, log_probs, reverse_kl
+from tadistill.objectives.fused_loss import fused_log_probs
 from tadistill.text import counted
 
 Answers = Mapping[int, Seq[Sequence]]
@@ -255,8 +256,9 @@ def label_probabilities(
             start += length
         hidden = subject.reader.hidden(subject.model, rows)
         chosen = hidden[torch.tensor(at, device=hidden.device)]
-        for (i, k), loss in zip(owners, _losses(subject, chosen, torch.tensor(tokens)), strict=True):
-            found[i][k] -= loss
+        log_q = fused_log_probs(chosen, subject.reader.head, torch.tensor(tokens, device=hidden.device), vocab=subject.vocab)
+        for (i, k), of_token in zip(owners, log_q.double().cpu().numpy(), strict=True):
+            found[i][k] += of_token
     return [softmax(scores) for scores in found]
 
 
@@ -266,16 +268,6 @@ def likeliest(probabilities: Seq[np.ndarray], choices: Seq[Seq[str]], references
     confidence = np.array([p[k] for p, k in zip(probabilities, best, strict=True)], np.float64)
     right = [labels[k] in refs for k, labels, refs in zip(best, choices, references, strict=True)]
     return confidence, np.array(right, bool)
-
-
-def _losses(subject: Subject, hidden: Tensor, tokens: Tensor) -> np.ndarray:
-    targets = tokens.to(hidden.device)
-
-    def values(logits: Tensor, _: tuple, at: slice) -> Tensor:
-        return cross_entropy(logits, targets[at]).unsqueeze(0)
-
-    _, (loss,) = fused_head(hidden, subject.reader.head, values, torch.ones(1, 1, device=hidden.device), vocab=subject.vocab)
-    return loss.double().cpu().numpy()
 
 
 # --- bits per byte -----------------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from tadistill.models.forward import Reader
 from tadistill.models.parameter_counts import Work
 from tadistill.models.served_model_requests import Answer, Broken, Servers, read_json
 from tadistill.models.sharding import load_weights, reshard, weights
-from tadistill.objectives import Head, Hidden, TopK, fused_head, token_log_probs
+from tadistill.objectives import Head, Hidden, TopK
+from tadistill.objectives.fused_loss import fused_log_probs
 from tadistill.objectives.sparse import remaining
 
 
@@ -85,13 +86,7 @@ class HiddenTeacher(Teacher):
 
     def scored(self, batch: Batch, vocab: int) -> tuple[Hidden, Tensor]:
         target, tokens = self.target(batch), batch.counted(batch.targets_BT)
-
-        def values(logits: Tensor, _: tuple, rows: slice) -> Tensor:
-            return token_log_probs(logits, tokens[rows]).unsqueeze(0)
-
-        with torch.no_grad():
-            weights = torch.ones(1, 1, device=target.states.device)
-            return target, fused_head(target.states, target.head, values, weights, vocab=vocab)[1][0].float()
+        return target, fused_log_probs(target.states, target.head, tokens, vocab=vocab).float()
 
 
 class InProcess(HiddenTeacher):

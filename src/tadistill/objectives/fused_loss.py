@@ -103,6 +103,13 @@ def fused_terms(
     return total, found[0]
 
 
+@torch.no_grad()
+def fused_log_probs(hidden: Tensor, head: Head, tokens: Tensor, *, vocab: int | None, temperature: float = 1.0) -> Tensor:
+    """Return the log-probability (N,) of one token at each of N positions, without a graph."""
+    term = TokenTerm("", torch.positive, tokens, temperature=temperature)
+    return fused_terms([term], hidden, head, torch.zeros(1, 1, device=hidden.device), vocab=vocab)[1][0]
+
+
 def part_of(
     terms: Sequence[Term], hidden: Tensor, weights: "Tensor | Callable[[Tensor], Tensor]", *, teachers: Sequence[Target] = ()
 ) -> "Part":

@@ -37,7 +37,7 @@ from tadistill.constants import LOG_ZERO
 from tadistill.errors import ConfigError
 from tadistill.objectives import checks
 from tadistill.objectives.divergence import at_least_float32, through_softmax
-from tadistill.objectives.fused_loss import Part, fused_parts, fused_terms, part_of
+from tadistill.objectives.fused_loss import Part, fused_log_probs, fused_parts, part_of
 from tadistill.objectives.next_symbol import LEAST, SpelledPair, symbol_divergence, tensor_of
 from tadistill.objectives.sampled import TokenTerm
 from tadistill.objectives.spelling import first_symbols
@@ -184,9 +184,7 @@ def fused_span_distance(
     count = _check(student, teacher, sizes)
     weights = torch.ones(count, device=student.tokens.device) if weights is None else weights
     earlier, of_teacher = (_earlier(side) for side in (student, teacher))
-    sums = [
-        span_sums(_log_probs(side, size, temperature), side.spans, count) for side, size in ((earlier, sizes[0]), (of_teacher, sizes[1]))
-    ]
+    sums = [_span_sums(side, size, temperature, count) for side, size in ((earlier, sizes[0]), (of_teacher, sizes[1]))]
 
     def values(logits: Tensor, targets: tuple[Any, ...], rows: slice) -> Tensor:
         leaf = sums[0][rows].detach().requires_grad_(logits.requires_grad)
@@ -261,14 +259,12 @@ def _cell_sums(logits: Tensor, cells: Tensor, count: int) -> tuple[Tensor, Tenso
 
 def span_log_probs(side: SpanTokens, vocab: int) -> Tensor:
     """Return the log-probability (S,) of each span, without a graph. `vocab` is the size of the model's vocabulary."""
-    return span_sums(_log_probs(side, vocab, 1.0), side.spans, int(side.spans[-1]) + 1 if len(side.spans) else 0)
+    return _span_sums(side, vocab, 1.0, int(side.spans[-1]) + 1 if len(side.spans) else 0)
 
 
-@torch.no_grad()
-def _log_probs(side: SpanTokens, vocab: int, temperature: float) -> Tensor:
-    term = TokenTerm("", torch.positive, side.tokens, temperature=temperature)
-    weights = torch.zeros(1, 1, device=side.tokens.device)
-    return fused_terms([term], side.hidden.states, side.hidden.head, weights, vocab=vocab)[1][0]
+def _span_sums(side: SpanTokens, vocab: int, temperature: float, count: int) -> Tensor:
+    log_q = fused_log_probs(side.hidden.states, side.hidden.head, side.tokens, vocab=vocab, temperature=temperature)
+    return span_sums(log_q, side.spans, count)
 
 
 def _last(side: SpanTokens) -> Tensor:
