@@ -12,7 +12,7 @@ from scipy.special import ndtr
 from tadistill.advise.history import Candidate, Observation
 from tadistill.advise.predict import TINY, Forecast, Predictions, predict
 from tadistill.advise.twins import pair_up
-from tadistill.metrics import higher_is_better, metric_title, metric_unit
+from tadistill.metrics import LAST, higher_is_better, metric_title, metric_unit
 from tadistill.search.strategies import size_law
 
 SEEDS = 3
@@ -51,14 +51,14 @@ class Option:
 def improvement(metric: str) -> str:
     """Return what the forecasts predict, such as "improvement in ROUGE-L" or "decrease of the reference loss". It is positive if the path's
     student is better."""
-    if metric == "last":  # nothing is measured on dev
+    if metric == LAST:  # nothing is measured on dev
         return "improvement"
     return f"{'improvement in' if higher_is_better(metric) else 'decrease of the'} {metric_title(metric)}"
 
 
 def improvement_unit(metric: str) -> str:
     """Return the unit of an improvement, such as ``nats/token``."""
-    return "" if metric == "last" else metric_unit(metric)
+    return "" if metric == LAST else metric_unit(metric)
 
 
 @dataclass(frozen=True)

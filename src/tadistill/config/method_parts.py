@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tadistill.config.common import MOST, Precision, Strict
 from tadistill.errors import ConfigError
-from tadistill.metrics import SELECTABLE
+from tadistill.metrics import LAST, SELECTABLE
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """The decay rate of a moving average. A larger value averages over more updates."""
@@ -174,9 +174,18 @@ class Select(Strict):
     """Stop the training if this many evaluations on the dev set, one after the other, give no better value. By default, training never
     stops early."""
 
+    @property
+    def chooses(self) -> bool:
+        """True if a metric chooses the checkpoint. Otherwise nothing is measured on the dev set."""
+        return self.metric != LAST
+
+    def evaluations(self, updates: int) -> int:
+        """Return the number of evaluations on the dev set in a training: one after every `every` updates, and one at its end."""
+        return -(-updates // self.every) if self.chooses else 0
+
     def check(self) -> None:
         """Raise a ConfigError if `patience` is set but no metric is measured on the dev set."""
-        if self.patience is not None and self.metric == "last":
+        if self.patience is not None and not self.chooses:
             raise ConfigError(
                 f"select.patience is {self.patience}, but with select.metric `last` nothing is measured on the dev set; set "
                 "`select.metric` to `loss` or `rouge_l`, or remove `select.patience`"

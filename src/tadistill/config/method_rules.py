@@ -97,7 +97,7 @@ def check_pairing(method: Method) -> None:
             f"sampler.rollouts {method.round_rollouts} is not a multiple of optim.batch {batch}; change one of them, so that a round is a "
             "whole number of updates"
         )
-    if sampler.follows_dev and method.select.metric == "last":
+    if sampler.follows_dev and not method.select.chooses:
         raise ConfigError(
             f"sampler `{sampler.type}` needs the loss on the dev set, but select.metric `last` does not measure it; set `select.metric` "
             "to `loss` or `rouge_l`"

@@ -326,7 +326,7 @@ class StageBuilder:
     ) -> dict[str, Any]:
         # the dev data and its decoding are read only if a dev metric selects the checkpoint
         found: dict[str, Any] = {"data": self.encoding(name, responses=responses, context=context), "select": select}
-        if select.metric != "last":
+        if select.chooses:
             found |= {"dev": self.sets.dev(sets, model=name), "decoding": self.recipe.evaluate.during_training}
         return found | self.training(sets, weights=True)
 

@@ -61,8 +61,8 @@ class TrainingSpec(OnTrainingSets):
 
     @property
     def checkpoints(self) -> int:
-        """Number of dev evaluations: one after every `select.every` updates, and one at the end."""
-        return 0 if self.optim.steps is None or self.select.metric == "last" else -(-self.optim.steps // self.select.every)
+        """Number of evaluations on the dev set."""
+        return self.select.evaluations(self.optim.steps or 0)
 
     def content(self) -> dict[str, Any]:
         """Return the stage as plain data. With the dev metric `loss`, no text is sampled, so only `batch` of the decoding is stored."""

@@ -109,7 +109,7 @@ def _scaled(plan: Plan) -> Iterator[str]:
     usual, found = plan.recipe.method.select.every, list[str]()
     for arm in plan.arms:
         select, own = arm.method.select, arm.arm.select or arm.arm.method or len(arm.phases) > 1
-        if arm.arm.budgets and not own and select.metric != "last" and select.every != usual:
+        if arm.arm.budgets and not own and select.chooses and select.every != usual:
             found.append(f"every {select.every} updates for {arm.name}")
     if found:
         yield f"Dev is measured {listed(found)}, not every {usual}, so that all arms choose among as many checkpoints."

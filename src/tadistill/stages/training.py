@@ -207,7 +207,7 @@ def _facts(context: Context[TrainingSpec], state: TrainState, devices: int) -> d
         "best_step": state.best_step,
         "best_value": state.best_value,
         "alarms": state.alarms["given"],
-        "checkpoints": 0 if spec.select.metric == "last" else -(-state.step // spec.select.every),
+        "checkpoints": spec.select.evaluations(state.step),
         "stopped_early": state.step < (spec.optim.steps or 0),
         "ledger": state.ledger,
         "machine": machine(torch.get_num_threads(), torch.cuda.get_device_name() if context.device.type == "cuda" else None),

@@ -128,7 +128,7 @@ def train_stage(
             averages.add(run.update(batches, state.step) | watched)
             state.step += 1
             run.keep(state.step)
-            selects = select.metric != "last" and (state.step % select.every == 0 or state.step == steps)
+            selects = select.chooses and (state.step % select.every == 0 or state.step == steps)
             if selects or state.step % log_every == 0:
                 metrics = averages.pop() | sampler.metrics() | {"train/lr": optimizer.param_groups[0]["lr"]}
                 if selects:
@@ -137,7 +137,7 @@ def train_stage(
                 hooks.progress(state.step, training_text(metrics["train/loss"], metrics["train/tokens_per_second"]))
                 if log:
                     log.write(state.step, metrics)
-    if select.metric != "last":
+    if select.chooses:
         accelerator.wait_for_everyone()
         sharding.load_weights(student, checkpoint.load(files.best(state.best_step)))
     student.eval()

@@ -225,9 +225,9 @@ class Ledger(SizesAndLengths):
 
     def _selection(self, cost: TrainingCost, select: Select, *, extra: bool = False) -> None:
         # evaluation.run.dev_metrics: always the loss; answers and KLs if the metric needs them
-        if select.metric == "last":
+        if not select.chooses:
             return
-        looks, settings = -(-cost.steps // select.every) + extra, self.recipe.evaluate
+        looks, settings = select.evaluations(cost.steps) + extra, self.recipe.evaluate
         for dev in self.dev:
             cost.add("selection/student", cost.reading(dev, settings.batch, dev.count) * looks)
             student = cost.memory.student
