@@ -15,6 +15,7 @@ from tadistill.report.explain import few_text, gap_words
 from tadistill.report.path_words import hop_text, some
 from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
 from tadistill.results.compare import (
+    BY_LENGTH,
     added_by_steps,
     bucket_difference,
     bucket_sizes,
@@ -91,15 +92,13 @@ def analyses(results: Results) -> list[Analysis]:
 
 
 def _rows(results: Results, c: Comparison) -> Iterable[Row]:
-    main = [metric for metric in dict.fromkeys((c.metric, "rouge_l")) if metric in results.metrics]
+    main = [metric for metric in dict.fromkeys((c.metric, BY_LENGTH)) if metric in results.metrics]
     for metric in main:
         sets = sets_with(results, metric)
         for name in (MEAN, *sets) if len(sets) > 1 else sets:
             yield Row(metric, name, difference(results, c.arm, c.other, metric, name))
-    if "rouge_l" in main:
-        for bucket in bucket_sizes(results, "rouge_l"):
-            where = f"references of {bucket_title(bucket)} tokens"
-            yield Row("rouge_l", where, bucket_difference(results, c.arm, c.other, "rouge_l", bucket))
+    for bucket in bucket_sizes(results):
+        yield Row(BY_LENGTH, f"references of {bucket_title(bucket)} tokens", bucket_difference(results, c.arm, c.other, bucket))
     for metric in (m for m in sorted_names(results.metrics, lambda metric: bool(metric.better)) if m not in main):
         yield Row(metric, MEAN, difference(results, c.arm, c.other, metric))
 

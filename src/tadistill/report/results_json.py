@@ -21,7 +21,7 @@ from tadistill.report.path_words import arm_words
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
 from tadistill.results.budget_curves import BudgetCurve, budget_curves
 from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
-from tadistill.results.compare import bucket_sizes, bucket_summary
+from tadistill.results.compare import BY_LENGTH, bucket_sizes, bucket_summary
 from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.sample_answers import references
 from tadistill.results.verdict import Comparison, comparisons, pairs
@@ -224,12 +224,11 @@ def lengths(results: Results) -> list[dict[str, Any]]:
 
     `first` and `last` are the ends of the range, in tokens. `last` is None if the range has no upper end.
     """
-    metric = "rouge_l"
     return [
-        {"arm": arm.name, "metric": metric, "first": b[0], "last": b[1], "prompts": size} | _summary(s)
+        {"arm": arm.name, "metric": BY_LENGTH, "first": b[0], "last": b[1], "prompts": size} | _summary(s)
         for arm in results.plan.arms
-        for b, size in bucket_sizes(results, metric).items()
-        if (s := bucket_summary(results, arm.name, metric, b))
+        for b, size in bucket_sizes(results).items()
+        if (s := bucket_summary(results, arm.name, b))
     ]
 
 

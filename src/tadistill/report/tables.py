@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
 from tadistill.plan.graph import without_seed
 from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
-from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title, difference, direct_of
+from tadistill.results.compare import BY_LENGTH, bucket_sizes, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.measured import StageManifest
 from tadistill.results.number_text import (
     DASH,
@@ -244,14 +244,13 @@ def _changes(decoding: Mapping[str, object]) -> str:
 
 
 def _buckets(results: Results) -> Table | None:
-    metric = "rouge_l"
-    shown = bucket_sizes(results, metric)
+    shown = bucket_sizes(results)
     columns = tuple(Column(f"{bucket_title(bucket)} tokens", counted(size, "prompt")) for bucket, size in shown.items())
-    title = f"{metric_title(metric)} by length of the reference"
+    title = f"{metric_title(BY_LENGTH)} by length of the reference"
     note = "Prompts of all sets, grouped by their first reference's length."
 
     def cells(arm: str) -> list[Cell]:
-        return [_cell(bucket_summary(results, arm, metric, bucket), metric) for bucket in shown]
+        return [_cell(bucket_summary(results, arm, bucket), BY_LENGTH) for bucket in shown]
 
     return _by_arm(results, "buckets", title, note, columns, cells)
 

@@ -28,6 +28,8 @@ _Stacked = tuple[list[NDArray[np.float64]], NDArray[np.float64]]  # the scores o
 
 BUCKETS: tuple[Bucket, ...] = ((0, 5), (6, 10), (11, None))
 """The smallest and the largest reference length of each bucket, in tokens. None means no limit."""
+BY_LENGTH = "rouge_l"
+"""The metric that reports show by the length of the reference."""
 
 # --- differences ------------------------------------------------------------------------------------------------------------
 
@@ -176,31 +178,31 @@ def bucket_title(bucket: Bucket) -> str:
     return f"[{first}, ∞)" if last is None else f"[{first}, {last}]"
 
 
-def bucket_sizes(results: Results, metric: str) -> dict[Bucket, int]:
+def bucket_sizes(results: Results) -> dict[Bucket, int]:
     """Map each range of `BUCKETS` to its number of prompts. Ranges without prompts are left out."""
-    sizes = {bucket: sum(len(rows) for _, rows in _rows(results, metric, bucket)) for bucket in BUCKETS}
+    sizes = {bucket: sum(len(rows) for _, rows in _rows(results, bucket)) for bucket in BUCKETS}
     return {bucket: size for bucket, size in sizes.items() if size}
 
 
 @once
-def bucket_summary(results: Results, arm: str, metric: str, bucket: Bucket) -> Summary | None:
+def bucket_summary(results: Results, arm: str, bucket: Bucket) -> Summary | None:
     """Return an arm's mean over the prompts whose reference length is in the range `bucket`. Return None if there are no scores."""
-    seeds = common_seeds(results, arm, arm, sets_with(results, metric), metric)
-    values_SNK = _pooled(results, arm, seeds, metric, bucket)
-    return None if values_SNK is None else summarise([values_SNK], seeds, metric)
+    seeds = common_seeds(results, arm, arm, sets_with(results, BY_LENGTH), BY_LENGTH)
+    values_SNK = _pooled(results, arm, seeds, bucket)
+    return None if values_SNK is None else summarise([values_SNK], seeds, BY_LENGTH)
 
 
-def bucket_difference(results: Results, arm: str, other: str, metric: str, bucket: Bucket) -> Difference | None:
+def bucket_difference(results: Results, arm: str, other: str, bucket: Bucket) -> Difference | None:
     """Return the paired difference ``arm - other`` over the prompts whose reference length is in `bucket`. None without scores."""
-    seeds = common_seeds(results, arm, other, sets_with(results, metric), metric)
-    mine, theirs = (_pooled(results, name, seeds, metric, bucket) for name in (arm, other))
-    return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(metric).bounds)
+    seeds = common_seeds(results, arm, other, sets_with(results, BY_LENGTH), BY_LENGTH)
+    mine, theirs = (_pooled(results, name, seeds, bucket) for name in (arm, other))
+    return None if mine is None or theirs is None else macro_difference([mine], [theirs], bounds=metric_of(BY_LENGTH).bounds)
 
 
-def _rows(results: Results, metric: str, bucket: Bucket) -> list[tuple[str, NDArray[np.intp]]]:
+def _rows(results: Results, bucket: Bucket) -> list[tuple[str, NDArray[np.intp]]]:
     first, last = bucket
     found: list[tuple[str, NDArray[np.intp]]] = []
-    for name in sets_with(results, metric):
+    for name in sets_with(results, BY_LENGTH):
         length_N = results.reference_length.get(name, np.zeros(0, dtype=np.int64))
         rows = np.flatnonzero((length_N >= first) & (True if last is None else length_N <= last))
         if len(rows):
@@ -208,11 +210,11 @@ def _rows(results: Results, metric: str, bucket: Bucket) -> list[tuple[str, NDAr
     return found
 
 
-def _pooled(results: Results, arm: str, seeds: Sequence[int], metric: str, bucket: Bucket) -> NDArray[np.float64] | None:
-    rows = _rows(results, metric, bucket)
+def _pooled(results: Results, arm: str, seeds: Sequence[int], bucket: Bucket) -> NDArray[np.float64] | None:
+    rows = _rows(results, bucket)
     if not seeds or not rows:
         return None
-    return np.concatenate([stack(results, arm, seeds, name, metric)[:, of_set] for name, of_set in rows], axis=1)
+    return np.concatenate([stack(results, arm, seeds, name, BY_LENGTH)[:, of_set] for name, of_set in rows], axis=1)
 
 
 # --- sharpening -------------------------------------------------------------------------------------------------------

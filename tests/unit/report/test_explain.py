@@ -110,7 +110,7 @@ def test_where_a_chain_helps(tmp_path):
         assert rows["rouge_l", where].difference.low > 0
     assert rows["rouge_l", "dolly"].difference == difference(results, "chain", "direct-long", "rouge_l", "dolly")
     for bucket in BUCKETS:
-        wanted = bucket_difference(results, "chain", "direct-long", "rouge_l", bucket)
+        wanted = bucket_difference(results, "chain", "direct-long", bucket)
         assert rows["rouge_l", f"references of {bucket_title(bucket)} tokens"].difference == wanted
     assert ("perplexity", "9.00", "11.80") in found["chain"].whole
 
@@ -132,13 +132,13 @@ def test_marks_follow_the_direction_of_the_metric():
 def test_buckets_hold_the_prompts_of_their_lengths(tmp_path):
     study, results, _ = analysed(tmp_path, SMALL)
     lengths = results.reference_length
-    assert sum(bucket_sizes(results, "rouge_l").values()) == 90
+    assert sum(bucket_sizes(results).values()) == 90
     chosen = {name: np.flatnonzero((n >= 6) & (n <= 10)) for name, n in lengths.items()}
     pooled = []
     for arm in ("chain", "direct"):
         tables = {n: np.stack([study.scores[arm, s][n]["rouge_l"].mean(axis=1, keepdims=True) for s in SEEDS]) for n in chosen}
         pooled.append(np.concatenate([tables[name][:, rows] for name, rows in chosen.items()], axis=1))
-    assert bucket_difference(results, "chain", "direct", "rouge_l", (6, 10)) == macro_difference([pooled[0]], [pooled[1]], bounds=(0, 100))
+    assert bucket_difference(results, "chain", "direct", (6, 10)) == macro_difference([pooled[0]], [pooled[1]], bounds=(0, 100))
 
 
 def test_the_error_budget_in_words(tmp_path):

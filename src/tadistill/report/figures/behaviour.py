@@ -9,7 +9,7 @@ from tadistill.charts import GREY, Axis, Chart, Look, Point, nice_span
 from tadistill.metrics import in_order, log_parts, metric_title, metric_unit
 from tadistill.report.figures import MANY, looks, span_axis, titled
 from tadistill.results.collect import Results, primary_metric
-from tadistill.results.compare import bucket_sizes, bucket_summary, bucket_title
+from tadistill.results.compare import BY_LENGTH, bucket_sizes, bucket_summary, bucket_title
 from tadistill.results.curves import Array, Curve, exposures, reliabilities
 from tadistill.results.number_text import summary_text
 from tadistill.text import counted
@@ -69,19 +69,18 @@ def calibration_figures(results: Results) -> Mapping[str, Chart]:
 
 def length_figure(results: Results) -> Chart | None:
     """Draw ROUGE-L by the length of the reference, with 95 % intervals. For each range of lengths, the arms are side by side."""
-    metric, styles = "rouge_l", looks(results)
-    buckets = bucket_sizes(results, metric)
+    styles, buckets = looks(results), bucket_sizes(results)
     names = [arm.name for arm in results.plan.arms if results.scores[arm.name]]
     if len(buckets) < 2 or not names:
         return None
-    found = {name: [(i, s) for i, b in enumerate(buckets) if (s := bucket_summary(results, name, metric, b))] for name in names}
+    found = {name: [(i, s) for i, b in enumerate(buckets) if (s := bucket_summary(results, name, b))] for name in names}
     marks = {float(i): f"{bucket_title(b)}\n{counted(size, 'prompt')}" for i, (b, size) in enumerate(buckets.items())}
     x = Axis(-0.5, len(buckets) - 0.5, "length of the first reference (tokens)", marks=marks, grid=False)
-    y = span_axis([v for entries in found.values() for _, s in entries for v in (s.low, s.high)], titled(metric), zero=True)
-    chart = Chart("figure-lengths", f"{metric_title(metric)} by length of the reference", x, y, height=260, head=24)
+    y = span_axis([v for entries in found.values() for _, s in entries for v in (s.low, s.high)], titled(BY_LENGTH), zero=True)
+    chart = Chart("figure-lengths", f"{metric_title(BY_LENGTH)} by length of the reference", x, y, height=260, head=24)
     for index, (name, entries) in enumerate(found.items()):
         aside = min(0.72 / max(1, len(names) - 1), 0.1) * (index - (len(names) - 1) / 2)
-        points = [Point(i, s.mean, s.low, s.high, f"{name}: {summary_text(s, metric)}", i + aside) for i, s in entries]
+        points = [Point(i, s.mean, s.low, s.high, f"{name}: {summary_text(s, BY_LENGTH)}", i + aside) for i, s in entries]
         chart.points(name, points, styles[name], size=4.5)
     for edge in range(len(buckets) - 1):
         chart.rule(x=edge + 0.5, kind="grid")
