@@ -20,7 +20,7 @@ from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, ComparedPair, Co
 from tadistill.runner.local import local_runs
 from tadistill.statistics import Difference
 from tadistill.store import FAILURE
-from tadistill.text import counted, listed, one_line, shortened
+from tadistill.text import counted, form, listed, one_line, shortened
 
 _OFF = f"{100 * OFF_BUDGET:.0f} %"
 _NAMED = 5  # most arms that one sentence names
@@ -76,7 +76,7 @@ def tested(p: float, family: int) -> str:
 
 def few_text(seeds: int) -> str:
     """Return a sentence that says that the number of training seeds is too small for a claim."""
-    return f"{counted(seeds, 'seed')} {'is' if seeds == 1 else 'are'} too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed)."
+    return f"{counted(seeds, 'seed is', 'seeds are')} too few for a claim (at least {SEEDS_FOR_A_CLAIM} are needed)."
 
 
 def doubt_text(c: Comparison) -> str:
@@ -154,10 +154,10 @@ def missing_text(results: Results) -> str:
     for entry in results.missing:
         by_arm.setdefault(entry.arm, []).append(entry.seed)
     total = sum(len(arm.evaluate) for arm in results.plan.arms)
-    named = [f"{arm} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items()]
-    listed = f"{len(results.missing)} of {total} evaluations are not finished: {_first(named)}."
-    none = f"None of {total} evaluations is finished." if total > 1 else "The evaluation is not finished."
-    left = listed if len(results.missing) < total else none
+    named = [f"{arm} ({form(len(seeds), 'seed', 'seeds')} {', '.join(map(str, seeds))})" for arm, seeds in by_arm.items()]
+    left = f"{len(results.missing)} of {total} evaluations are not finished: {_first(named)}."
+    if len(results.missing) == total:
+        left = f"None of {total} evaluations is finished." if total > 1 else "The evaluation is not finished."
     return f"{left} `{results.plan.command}` continues where it stopped."
 
 
@@ -244,8 +244,8 @@ def _unseen_text(results: Results) -> str:
     shares = {name: share for name, share in results.unseen.items() if share >= UNSEEN}
     if not shares or "rouge_l" not in results.metrics:
         return ""
-    listed = ", ".join(f"{100 * share:.0f} % in {name}" for name, share in shares.items())
-    text = f"{metric_title('rouge_l')} uses only the letters a-z and digits, and ignores the other letters of the references: {listed}"
+    ignored = ", ".join(f"{100 * share:.0f} % in {name}" for name, share in shares.items())
+    text = f"{metric_title('rouge_l')} uses only the letters a-z and digits, and ignores the other letters of the references: {ignored}"
     if "rouge_l_unicode" not in results.metrics:
         return f"{text}."
     used = ", and arms are compared by this metric" if primary_metric(results) == "rouge_l_unicode" else ""

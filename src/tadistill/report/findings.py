@@ -21,7 +21,7 @@ from tadistill.results.number_text import span
 from tadistill.results.sample_answers import Samples, samples
 from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, enough_seeds, is_clear
 from tadistill.statistics import holm
-from tadistill.text import counted, listed
+from tadistill.text import counted, form, listed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _decided(results: Results, found: Sequence[Comparison]) -> str:
         return f"{c.arm} {VERBS[c.word]} {c.other}{' (not at equal compute)' if c.unequal else ''}"
     if all(c.against == "pair" for c in found):
         better = [f"{c.arm} than {c.other}" if c.word == "gain" else f"{c.other} than {c.arm}" for c in found if c.word in ("gain", "loss")]
-        which = f": better {'is' if len(better) == 1 else 'are'} {some(better)}" if better else ""
+        which = f": better {form(len(better), 'is', 'are')} {some(better)}" if better else ""
         return f"{len(better) or 'None'} of {counted(len(found), 'pair')} differ{'' if len(better) > 1 else 's'} clearly{which}"
     arms = {word: [c.arm for c in found if c.word == word] for word in VERBS}
     clear = [f"{_named(arms[word])} {VERBS[word].removeprefix('is ')}" for word in ("gain", "loss", "equivalent") if arms[word]]
@@ -95,7 +95,7 @@ def _beyond(rows: list[ForestRow], other: str) -> str:
 
 
 def _named(names: list[str]) -> str:
-    return f"{listed(names) if len(names) <= 4 else some(names)} {'is' if len(names) == 1 else 'are'}"
+    return f"{listed(names) if len(names) <= 4 else some(names)} {form(len(names), 'is', 'are')}"
 
 
 def _clear(results: Results, rows: Sequence[ForestRow]) -> list[ForestRow]:
