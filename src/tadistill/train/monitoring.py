@@ -165,9 +165,8 @@ class Meter:
 
     def _logits(self, side: _Side) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            rows = output.numel() // output.shape[-1] if output.numel() else 0
-            if rows:
-                self._add(side.name, 2 * rows * output.shape[-1] * args[0].shape[-1], 0, rows)
+            if output.numel():
+                self._add(side.name, 2 * output.numel() * args[0].shape[-1], 0, output.numel() // output.shape[-1])
 
         return count
 
