@@ -15,7 +15,7 @@ from results_page import HERE, cell, gap, read_study, table, write_page
 from rich.console import Console
 
 from tadistill.report import summary_table
-from tadistill.report.analysis import against_sft
+from tadistill.report.against_sft import against_sft
 from tadistill.report.tables import cost_rows
 from tadistill.results.collect import MEAN, Results, Summary
 from tadistill.results.number_text import ratio_text

@@ -204,7 +204,7 @@ def report_study(study: Path, store: Store, terminal: Terminal) -> None:
 
 def _next_commands(results: "Results", study: Path) -> Iterator[tuple[str, str]]:
     from tadistill.metrics import MEAN
-    from tadistill.report.analysis import student_of
+    from tadistill.report.against_sft import student_of
     from tadistill.report.answer import next_seeds
     from tadistill.results.collect import primary_metric
 

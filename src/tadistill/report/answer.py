@@ -13,7 +13,7 @@ from typing import Literal
 from tadistill.constants import OFF_BUDGET
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.analysis import Gap, against_sft, distilled_arms, gaps_from_sft, sft_arm, student_of
+from tadistill.report.against_sft import Gap, against_sft, distilled_arms, gaps_from_sft, sft_arm, student_of
 from tadistill.report.explain import (
     chance_text,
     doubt_text,

@@ -7,7 +7,7 @@ import numpy as np
 
 from tadistill.metrics import metric_title
 from tadistill.plan.throughput import spoken
-from tadistill.report.analysis import clear_against_sft
+from tadistill.report.against_sft import clear_against_sft
 from tadistill.report.answer import VERBS
 from tadistill.report.figures.paths import budget_text, budgets
 from tadistill.report.figures.scores import ForestRow, differences, entropy_curves

@@ -25,7 +25,8 @@ from tadistill.glossary import GLOSSARY, metric_text
 from tadistill.metrics import metric_title
 from tadistill.plan.kinds import KINDS
 from tadistill.report import findings
-from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published, student_of
+from tadistill.report.against_sft import student_of
+from tadistill.report.analysis import MARKS, Analysis, Row, analyses, published
 from tadistill.report.answer import answer
 from tadistill.report.explain import cautions, verdict_text
 from tadistill.report.figures import MANY, behaviour, compute, looks, paths, scores, titled

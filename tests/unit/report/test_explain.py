@@ -9,7 +9,8 @@ import pytest
 
 from tadistill.config.sampling import StudentSampler
 from tadistill.report import explain
-from tadistill.report.analysis import Row, analyses, published, sft_arm
+from tadistill.report.against_sft import sft_arm
+from tadistill.report.analysis import Row, analyses, published
 from tadistill.report.answer import answer
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles

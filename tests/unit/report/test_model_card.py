@@ -11,7 +11,7 @@ import yaml
 from tadistill.config.model import ModelConfig
 from tadistill.disk import digest
 from tadistill.errors import ConfigError, StoreError
-from tadistill.report.analysis import against_sft
+from tadistill.report.against_sft import against_sft
 from tadistill.report.explain import verdict_text
 from tadistill.report.export import export
 from tadistill.report.model_card import model_card
