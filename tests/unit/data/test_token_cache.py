@@ -28,7 +28,7 @@ def small_is_large(tmp_path, monkeypatch):
     monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(survey, "LARGE", 100)
     monkeypatch.setattr(survey, "SAMPLE", 51)
-    monkeypatch.setattr(encoding, "_PART", 100)
+    monkeypatch.setattr(encoding, "PART", 100)
     survey._known.clear()
 
 
@@ -253,4 +253,4 @@ def test_few_rows_are_held_at_a_time(ref, monkeypatch):
     made = datasets.example
     monkeypatch.setattr(datasets, "example", lambda *args: Counted(**vars(made(*args))))
     kept(ref)
-    assert 0 < most <= 2 * encoding._PART
+    assert 0 < most <= 2 * encoding.PART
