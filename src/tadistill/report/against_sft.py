@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tadistill.constants import SEEDS_FOR_A_CLAIM
-from tadistill.report.explain import few_text
+from tadistill.metrics import metric_title
+from tadistill.report.explain import chance_text, few_text, tested
 from tadistill.report.path_words import some
 from tadistill.results.collect import Results, once, primary_metric
 from tadistill.results.compare import compare, greedy_decoding
 from tadistill.results.number_text import size_text, span
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import comparisons, is_clear, pairs
+from tadistill.results.verdict import SHOWN, comparisons, is_clear, pairs
 from tadistill.statistics import Difference, holm
 from tadistill.text import form
 
@@ -97,6 +98,33 @@ def _claim(ways: Mapping[str, Sequence[Gap]], tuned: ArmRecord, distilled: int) 
     most = max((gap for of_way in ways.values() for gap in of_way), key=lambda gap: gap.seeds)
     few = "" if most.enough else f": {few_text(most.seeds).removesuffix('.')}"
     return f"Distillation {claim} plain fine-tuning (SFT, {tuned.name}){only}{few}."
+
+
+def own_against_sft(results: Results, arm: ArmRecord) -> list[str]:
+    """Return sentences on one arm's difference from plain fine-tuning, with sampled and with greedy answers. They leave out a difference
+    that `comparisons` has. For the fine-tuned arm, they are about all distilled arms."""
+    if (tuned := sft_arm(results)) is None or arm.name not in (tuned.name, *distilled_arms(results)):
+        return []
+    if arm.name == tuned.name:
+        return [text] if (text := against_sft(results)) else []
+    known = [gap for gap in gaps_from_sft(results) if gap.arm == arm.name]
+    against = f"{arm.name} against plain fine-tuning (SFT, {tuned.name})"
+    if not known:
+        return [f"{against}: no evidence yet, because the two arms have no finished training seed in common."]
+    metric, pair = primary_metric(results), {arm.name, tuned.name}
+    said = any({c.arm, c.other} == pair for c in comparisons(results))
+    return [f"{against}, {_gap_text(gap, metric)}" for gap in known if not (said and gap.metric == metric)]
+
+
+def _gap_text(gap: Gap, metric: str) -> str:
+    found, p = gap.difference, tested(gap.p, gap.family)
+    if gap.clear:
+        verdict = f"{SHOWN['gain' if found.mean > 0 else 'loss']} ({p})."
+    else:
+        doubt = chance_text(found, gap.p, gap.family) if gap.enough else few_text(gap.seeds)
+        verdict = f"no evidence of a difference. {doubt}"
+    size = span(found, metric, unit=True)
+    return f"with {gap.way} answers: the difference in {metric_title(metric)} is {size}. Verdict: {verdict}"
 
 
 @once

@@ -13,9 +13,8 @@ from typing import Literal
 from tadistill.constants import OFF_BUDGET
 from tadistill.metrics import metric_title, metric_unit
 from tadistill.plan.throughput import spoken
-from tadistill.report.against_sft import Gap, against_sft, distilled_arms, gaps_from_sft, sft_arm, student_of
+from tadistill.report.against_sft import against_sft, student_of
 from tadistill.report.explain import (
-    chance_text,
     doubt_text,
     failed_text,
     few_text,
@@ -23,7 +22,6 @@ from tadistill.report.explain import (
     missing_text,
     needed_seeds,
     needed_text,
-    tested,
     to_equal,
 )
 from tadistill.report.path_words import in_words, sized, some, taught, ways_text
@@ -32,7 +30,7 @@ from tadistill.results.collect import MEAN, Results, Summary, once, primary_metr
 from tadistill.results.compare import compare, direct_of, relative_compute, teacher_of
 from tadistill.results.number_text import flops_text, number, size_text, span, with_unit
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, Comparison, Word, by_importance, comparisons, competitors, pairs
+from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.text import counted, listed
 
 Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]
@@ -98,33 +96,6 @@ def answer(results: Results) -> Answer:
 def next_seeds(results: Results) -> int | None:
     """Return the number of training seeds that `Answer.next` names. None if it names none."""
     return _next(results, answer(results).kind)[1]
-
-
-def own_against_sft(results: Results, arm: ArmRecord) -> list[str]:
-    """Return sentences on one arm's difference from plain fine-tuning, with sampled and with greedy answers. They leave out a difference
-    that `comparisons` has. For the fine-tuned arm, they are about all distilled arms."""
-    if (tuned := sft_arm(results)) is None or arm.name not in (tuned.name, *distilled_arms(results)):
-        return []
-    if arm.name == tuned.name:
-        return [text] if (text := against_sft(results)) else []
-    known = [gap for gap in gaps_from_sft(results) if gap.arm == arm.name]
-    against = f"{arm.name} against plain fine-tuning (SFT, {tuned.name})"
-    if not known:
-        return [f"{against}: no evidence yet, because the two arms have no finished training seed in common."]
-    metric, pair = primary_metric(results), {arm.name, tuned.name}
-    said = any({c.arm, c.other} == pair for c in comparisons(results))
-    return [f"{against}, {_gap_text(gap, metric)}" for gap in known if not (said and gap.metric == metric)]
-
-
-def _gap_text(gap: Gap, metric: str) -> str:
-    found, p = gap.difference, tested(gap.p, gap.family)
-    if gap.clear:
-        verdict = f"{SHOWN['gain' if found.mean > 0 else 'loss']} ({p})."
-    else:
-        doubt = chance_text(found, gap.p, gap.family) if gap.enough else few_text(gap.seeds)
-        verdict = f"no evidence of a difference. {doubt}"
-    size = span(found, metric, unit=True)
-    return f"with {gap.way} answers: the difference in {metric_title(metric)} is {size}. Verdict: {verdict}"
 
 
 # --- the question ---------------------------------------------------------------------------------------------------------

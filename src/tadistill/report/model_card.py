@@ -1,33 +1,44 @@
-"""Write the model card of an exported model.
+"""Write the model card of an exported model: what the study found about it, and how to use it, with a complete program."""
 
-The card describes the study. Its section on how to use the model is in `tadistill.report.usage`.
-"""
-
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from tadistill.config.data import training_refs
+from tadistill.config.data import Data, training_refs
+from tadistill.config.evaluate import Evaluate
 from tadistill.data.hub import NAMED
+from tadistill.data.prompts import in_alpaca, render
+from tadistill.data.rows import Example
+from tadistill.data.tinyworld import world_rows
 from tadistill.disk import read_json
 from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
-from tadistill.models import sources
+from tadistill.models import sources, tokens
+from tadistill.report.against_sft import own_against_sft
 from tadistill.report.analysis import analyses
-from tadistill.report.answer import own_against_sft
 from tadistill.report.explain import caution_texts, undecided_text, verdict_text
 from tadistill.report.path_words import route
 from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell, sample_text
-from tadistill.report.usage import usage
 from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
+from tadistill.results.measured import stream_predictions
 from tadistill.results.number_text import number, parameters_text, rows_text, summary_text
 from tadistill.results.study import ArmRecord
 from tadistill.results.verdict import comparisons, pairs
 from tadistill.store import STAGE
 from tadistill.text import counted
 
+Format = Literal["alpaca", "plain", "chat", "verbatim"]
+_QUESTION = "What is the capital of France?"
+_PLACE = "{question}"
+_SAID = {
+    "alpaca": "It was trained on prompts in the Alpaca template, with a line break at the end:",
+    "plain": "It was trained on prompts that end with a line break:",
+    "chat": "It was trained on conversations in the chat template of its tokenizer.",
+    "verbatim": "It was trained on prompts without a template.",
+}
 _FILES = (".jsonl", ".json", ".txt", ".parquet", ".csv", ".tsv")
 
 
@@ -45,7 +56,7 @@ def model_card(results: Results, arm_name: str, seed: int, folder: Path, name: s
         f"---\n{yaml.safe_dump(_front_matter(results, arm, seed), sort_keys=False, allow_unicode=True)}---",
         f"# {escape_markdown(arm.name)} of study {escape_markdown(plan.study)}, seed {seed}",
         _made(results, arm, size),
-        "## How to use it\n\n" + usage(results, arm, folder, name),
+        "## How to use it\n\n" + _usage(results, arm, folder, name),
         "## Verdict\n\n" + bullets(_verdict(results, arm)),
         "## Numbers\n\n" + _numbers(results, arm, seed),
         *(["## Analysis\n\n" + bullets(analysis)] if analysis else []),
@@ -221,3 +232,94 @@ def _limits(results: Results, arm: ArmRecord) -> list[str]:
         seeds = counted(len(arm.evaluate), "seed of this arm is", "seeds of this arm are")
         sentences.append(f"The study is not finished: {trained} of {seeds} evaluated.")
     return sentences
+
+
+# --- how to use the model --------------------------------------------------------------------------------------------
+
+
+def _usage(results: Results, arm: ArmRecord, folder: Path, name: str) -> str:
+    """Return the section `How to use it` of a model card.
+
+    Args:
+        folder: the trained model. The files of its tokenizer determine if a prompt begins with the BOS token.
+        name: the directory or the Hub id from which a user loads the model.
+    """
+    written, data = prompt_format(results, arm, folder), _data(results)
+    text = render(Example(_PLACE, "", ("",), verbatim=written == "verbatim"), written, None) if written != "chat" else ""  # type: ignore[arg-type]
+    shown = [code(text, "text")] if written in ("alpaca", "plain") else []
+    bos = written != "chat" and data["bos"] == "auto" and tokens.read(folder, folder).bos is not None
+    more = ["Every prompt begins with the BOS token, which the program adds."] if bos else []
+    said = ("\n\n" if shown else " ").join([_SAID[written], *shown, *more])
+    return f"{said}\n\n{code(_program(results, text, name, bos), 'python')}"
+
+
+def prompt_format(results: Results, arm: ArmRecord, folder: Path) -> Format:
+    """Return the name of the format of the prompts on which a model was trained.
+
+    The format is the recipe's template, unless the first evaluated row has a format of its own: a conversation (`chat`), or a whole prompt
+    (`verbatim`). If an earlier version evaluated the model, `chat` means only that the tokenizer has a chat template.
+    """
+    key = arm.evaluate[arm.first_seed(finished)] if (finished := results.scores[arm.name]) else None
+    spec = read_json(results.store.folder(key) / STAGE)["spec"] if key else {"data": _data(results)}
+    template = spec["data"]["template"]
+    if template == "chat" or key is None:
+        return template
+    row = next(stream_predictions(results.store, key))
+    if "turns" in row:
+        return "chat"
+    prompt = row["prompt"]
+    asked = row.get("instruction", prompt) + row.get("input", "")
+    written = in_alpaca(prompt, _given_back(asked, folder)) if template == "alpaca" else prompt.endswith("\n")
+    if written or not prompt:
+        return template
+    return "chat" if "instruction" not in row and tokens.read(folder, folder).template else "verbatim"
+
+
+def _given_back(text: str, folder: Path) -> str:
+    tokenizer = tokens.fast_tokenizer(folder)
+    return tokenizer.decode(tokenizer.encode(text).ids) if tokenizer else text
+
+
+def _data(results: Results) -> dict[str, Any]:
+    return {name: Data.model_fields[name].default for name in ("template", "bos")} | {"world": {}} | results.plan.recipe["data"]
+
+
+def _program(results: Results, text: str, name: str, bos: bool) -> str:
+    data = _data(results)
+    question = _QUESTION
+    if training_refs(data)[0]["load"].startswith("tinyworld"):
+        question = str(world_rows("tinyworld", "test", **data["world"])[0]["instruction"])
+    decoding = ", ".join(f"{key}={value!r}" for key, value in _decoding(Evaluate.model_validate(results.plan.recipe["evaluate"])).items())
+    if text:
+        shown = "question" if text == _PLACE else f'f"""{text}"""' if text.count("\n") > 1 else f"f{json.dumps(text)}"
+        lines = [
+            f"question = {json.dumps(question)}",
+            f"prompt = {'tokenizer.bos_token + ' if bos else ''}{shown}",
+            'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        ]
+    else:
+        lines = [
+            f'messages = [{{"role": "user", "content": {json.dumps(question)}}}]',
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")',
+        ]
+    return "\n".join(
+        [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
+            *lines,
+            f"output = model.generate(**inputs, {decoding})",
+            'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
+def _decoding(settings: Evaluate) -> dict[str, Any]:
+    if settings.temperature == 0:
+        found: dict[str, Any] = {"do_sample": False}
+    else:
+        found = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
+        found |= {"min_p": settings.min_p} if settings.min_p else {}
+    found |= {"no_repeat_ngram_size": settings.no_repeat_ngram} if settings.no_repeat_ngram else {}
+    return found | {"max_new_tokens": settings.max_new_tokens}

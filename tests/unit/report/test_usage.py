@@ -13,7 +13,7 @@ from tadistill.data.prompts import render
 from tadistill.data.rows import Example
 from tadistill.disk import stream_jsonl
 from tadistill.report.export import export
-from tadistill.report.usage import prompt_format
+from tadistill.report.model_card import prompt_format
 from tadistill.results.collect import Results
 
 from .builder import ArmSpec, StudySpec, build_study
