@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
-from tadistill.plan.arms import Plan, Stage
+from tadistill.plan.arms import Plan
+from tadistill.plan.graph import Stage
 from tadistill.plan.task import Task
 from tadistill.rollout import decoder
 from tadistill.stages.execute import run_stage

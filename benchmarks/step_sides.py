@@ -111,10 +111,12 @@ def run_ours(name: str, vocab: int, clock: Clock) -> None:
     """Run `train_stage` until the clock has its steps."""
     from accelerate import Accelerator
 
-    from tadistill.config.method import Method, Optim, Select
+    from tadistill.config.method import Method
+    from tadistill.config.method_parts import Optim, Select
+    from tadistill.errors import Interrupted
     from tadistill.models.flops_and_memory import keep_freed_memory
     from tadistill.models.modify import column_major
-    from tadistill.train.loop import Hooks, Interrupted, train_stage
+    from tadistill.train.loop import Hooks, train_stage
     from tadistill.train.step import make_step
 
     keep_freed_memory()  # this, and the teacher's layout, as in `tadistill run`

@@ -8,7 +8,8 @@ from html import escape
 
 from results_page import HERE, read_study
 
-from tadistill.results.collect import MEAN, Results
+from tadistill.metrics import MEAN
+from tadistill.results.collect import Results
 
 TARGET = HERE / "pictures" / "quickstart.svg"
 TITLE = "Does distillation work? The example, on two CPU cores in five minutes"

@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 
 from tadistill.errors import TadistillError
-from tadistill.results.collect import MEAN, Results, read_results
+from tadistill.metrics import MEAN
+from tadistill.results.collect import Results, read_results
 from tadistill.results.compare import difference
 from tadistill.results.number_text import DASH, gap_text, summary_text
 from tadistill.results.study import ArmRecord

@@ -19,9 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from results_page import HERE, RUNS, read_study, steps_of, table, updates_text, write_page
 
+from tadistill.metrics import MEAN
 from tadistill.report.figures.compute import curve_sentences
 from tadistill.results.budget_curves import BudgetCurve, BudgetPoint, budget_curves
-from tadistill.results.collect import MEAN, Results, Summary
+from tadistill.results.collect import Results, Summary
 from tadistill.results.compare import difference, reference_at
 from tadistill.results.number_text import DASH, flops_text, gap_text, parameters_text, summary_text
 from tadistill.results.study import ArmRecord

@@ -8,7 +8,8 @@ A difference from the arm `kd` is called real if its paired 95 % interval exclud
 
 from results_page import cell, gap, read_study, table
 
-from tadistill.results.collect import MEAN, Results
+from tadistill.metrics import MEAN
+from tadistill.results.collect import Results
 from tadistill.results.compare import difference
 
 BASE = "kd"

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from results_page import HERE, cell, gap, read_study, table, write_page
 from rich.console import Console
 
+from tadistill.metrics import MEAN
 from tadistill.report import summary_table
 from tadistill.report.against_sft import against_sft
 from tadistill.report.tables import cost_rows
-from tadistill.results.collect import MEAN, Results, Summary
+from tadistill.results.collect import Results, Summary
 from tadistill.results.number_text import ratio_text
 
 STUDIES = ("quickstart", "quickstart-2", "quickstart-3")

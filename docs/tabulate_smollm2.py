@@ -12,7 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from results_page import HERE, cell, gap, read_study, steps_of, table, write_page
 
-from tadistill.results.collect import MEAN, Results
+from tadistill.metrics import MEAN
+from tadistill.results.collect import Results
 from tadistill.results.compare import difference
 from tadistill.results.curves import learning_curves
 from tadistill.results.number_text import DASH, flops_text, gap_text, number, parameters_text, ratio_text, rows_text

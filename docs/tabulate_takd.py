@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 from playwright.sync_api import sync_playwright
 from results_page import HERE, RUNS, cell, gap, read_study, table, write_page
 
-from tadistill.metrics import metric_unit
-from tadistill.results.collect import MEAN, Results, primary_metric
+from tadistill.metrics import MEAN, metric_unit
+from tadistill.results.collect import Results, primary_metric
 from tadistill.results.number_text import flops_text, gap_text, number, ratio_text, summary_text
 from tadistill.results.verdict import Comparison, comparisons
 

@@ -22,9 +22,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import Method, Optim, Select
+from tadistill.config.common import ObjectiveBase
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.method_rules import check_pairing, over_spans
-from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, MiniLLM, Objective, ObjectiveBase, ReverseKL
+from tadistill.config.objective import Custom, ForwardKL, Gold, JensenShannon, MiniLLM, Objective, ReverseKL
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded
 from tadistill.data.other_tokenizer import Rereader

@@ -15,7 +15,8 @@ from tests.e2e.on_policy import BATCH, ROUNDS, STEPS, _sampler, model, rows
 from tests.families import tiny_config
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.method_rules import check_pairing
 from tadistill.errors import Interrupted
 from tadistill.models.loading import save_model

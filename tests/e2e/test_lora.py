@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tadistill.config import validate
+from tadistill.errors import Interrupted
 from tadistill.plan.arms import Plan, make_plan
 from tadistill.plan.task import make_task
 from tadistill.stages.execute import run_stage
 from tadistill.store import Store
-from tadistill.train.loop import Interrupted
 
 CONFIG = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128},

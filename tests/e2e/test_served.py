@@ -25,7 +25,8 @@ from tests.vllm import NEEDED, VLLM
 
 from tadistill.config import objective as config
 from tadistill.config import parse
-from tadistill.config.method import Dense, Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Dense, Optim
 from tadistill.config.remote import Serve
 from tadistill.config.sampling import HiddenSignal, StudentSampler, TopKSignal
 from tadistill.data.batch import Sequence, collate

@@ -6,7 +6,8 @@ import transformers as hf
 from accelerate import Accelerator
 from tests.conftest import tiny_model
 
-from tadistill.config.method import Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim
 from tadistill.config.objective import CrossEntropy
 from tadistill.data.batch import Sequence
 from tadistill.rollout.samplers import FixedSequences

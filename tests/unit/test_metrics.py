@@ -2,7 +2,7 @@
 
 import pytest
 
-from tadistill.config.method import Select
+from tadistill.config.method_parts import Select
 from tadistill.data.answers import RULES
 from tadistill.errors import StoreError
 from tadistill.glossary import GLOSSARY

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from tadistill.advise.history import EdgeMeasures, load_measures
 from tadistill.config import Arm, Recipe
 from tadistill.config.added_arms import budget_of
-from tadistill.config.arm import path_text
+from tadistill.config.arm import ModelPath, path_text
 from tadistill.config.method import PARTS
 from tadistill.config.recipe import Search
 from tadistill.data import datasets
@@ -27,7 +27,7 @@ from tadistill.plan.arms import Plan, ProbePlan, make_plan, plan_probes
 from tadistill.plan.costs import Ledger
 from tadistill.plan.paths import original_teacher
 from tadistill.search.command import affordable, check_lattice, check_order, path_arms, path_flops
-from tadistill.search.strategies import ModelPath, path_name
+from tadistill.search.strategies import path_name
 from tadistill.store import Store
 
 Array = NDArray[np.float64]

@@ -21,9 +21,9 @@ from tadistill.advise.measures import (
 )
 from tadistill.advise.twins import unused
 from tadistill.config import Recipe
-from tadistill.config.arm import path_text
+from tadistill.config.arm import ModelPath, path_text
 from tadistill.metrics import NOT_COMPARABLE
-from tadistill.search.strategies import Chosen, ModelPath, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
+from tadistill.search.strategies import Chosen, geometric_mean, lambda_tradeoff, path_name, performance_mean, size_law
 from tadistill.text import MINUS, counted
 
 LEAST_MASS, HOPS = 0.9, (1.3, 4.0)  # `notes` warns about a `Pair.mass` below the first, and about size ratios outside the range

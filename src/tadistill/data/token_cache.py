@@ -22,8 +22,8 @@ import numpy as np
 
 from tadistill.data import chat, chat_jinja, encoding, encoding_rules, prompts, turns
 from tadistill.data.datasets import SplitRows
-from tadistill.data.encoding import Counts, Encoded, encode_parts
-from tadistill.data.encoding_rules import Rules
+from tadistill.data.encoding import Encoded, encode_parts
+from tadistill.data.encoding_rules import Counts, Rules
 from tadistill.data.survey import key_of_rows
 from tadistill.data.training_sets import Lazy
 from tadistill.disk import cache_root, digest, replacing, write_json, writing

@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from tadistill.config.evaluate import REFERENCE, Judge
 from tadistill.errors import JudgeFailed
 from tadistill.judge.questions import Answers, Prompt, Question, in_order_of_asking, parse_scores, wordings
+from tadistill.metrics import MEAN
 from tadistill.models.chat_api import Refused, Reply, Unavailable, complete, estimated_tokens
 from tadistill.models.chat_api_replies import Cache, in_threads
-from tadistill.results.collect import MEAN
 from tadistill.statistics import macro_interval
 from tadistill.text import counted
 

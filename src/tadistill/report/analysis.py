@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tadistill.config.arm import marked, path_text
-from tadistill.metrics import METRICS, improves, metric_title, sorted_names
+from tadistill.metrics import MEAN, METRICS, improves, metric_title, sorted_names
 from tadistill.report.explain import gap_words
 from tadistill.report.path_words import hop_text
-from tadistill.results.collect import MEAN, Results, once, sets_with
+from tadistill.results.collect import Results, once, sets_with
 from tadistill.results.compare import (
     BY_LENGTH,
     added_by_steps,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tadistill.constants import OFF_BUDGET
-from tadistill.metrics import metric_title, metric_unit
+from tadistill.constants import OFF_BUDGET, SEEDS_FOR_A_CLAIM
+from tadistill.metrics import MEAN, metric_title, metric_unit
 from tadistill.plan.throughput import spoken
 from tadistill.report.against_sft import against_sft, student_of
 from tadistill.report.explain import (
@@ -26,11 +26,11 @@ from tadistill.report.explain import (
 )
 from tadistill.report.path_words import in_words, sized, some, taught, ways_text
 from tadistill.report.tables import stage_rows
-from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
+from tadistill.results.collect import Results, Summary, once, primary_metric
 from tadistill.results.compare import compare, direct_of, relative_compute, teacher_of
 from tadistill.results.number_text import flops_text, number, size_text, span, with_unit
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, Word, by_importance, comparisons, competitors, pairs
+from tadistill.results.verdict import Comparison, Word, by_importance, comparisons, competitors, pairs
 from tadistill.text import counted, listed
 
 Kind = Literal["gain", "loss", "equivalent", "open", "best", "measured", "unfinished"]

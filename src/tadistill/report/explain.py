@@ -7,7 +7,7 @@ sentences.
 from collections.abc import Sequence
 
 from tadistill.config.arm import flat
-from tadistill.constants import OFF_BUDGET, misses_budget
+from tadistill.constants import OFF_BUDGET, SEEDS_FOR_A_CLAIM, misses_budget
 from tadistill.evaluation.text_scores import UNSEEN
 from tadistill.metrics import METRICS, metric_title, metric_unit
 from tadistill.plan.graph import distinct_labels
@@ -16,7 +16,7 @@ from tadistill.results.collect import Results, primary_metric
 from tadistill.results.curves import exposures
 from tadistill.results.number_text import number, one_row_text, p_text, ratio_text, rows_text, span, with_unit
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, SHOWN, ComparedPair, Comparison, by_importance
+from tadistill.results.verdict import SHOWN, ComparedPair, Comparison, by_importance
 from tadistill.runner.local import local_runs
 from tadistill.statistics import Difference
 from tadistill.store import FAILURE

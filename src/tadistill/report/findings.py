@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tadistill.constants import SEEDS_FOR_A_CLAIM
 from tadistill.metrics import metric_title
 from tadistill.plan.throughput import spoken
 from tadistill.report.against_sft import clear_against_sft
@@ -19,7 +20,7 @@ from tadistill.results.compare import MAIN
 from tadistill.results.curves import Curve, learning_curves
 from tadistill.results.number_text import span
 from tadistill.results.sample_answers import Samples, samples
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, Comparison, by_importance, comparisons, enough_seeds, is_clear
+from tadistill.results.verdict import Comparison, by_importance, comparisons, enough_seeds, is_clear
 from tadistill.statistics import holm
 from tadistill.text import counted, form, listed
 

@@ -14,7 +14,7 @@ from tadistill.data.prompts import in_alpaca, render
 from tadistill.data.rows import Example
 from tadistill.data.tinyworld import world_rows
 from tadistill.disk import read_json
-from tadistill.metrics import METRICS, metric_title, metric_unit, sorted_names
+from tadistill.metrics import MEAN, METRICS, metric_title, metric_unit, sorted_names
 from tadistill.models import sources, tokens
 from tadistill.report.against_sft import own_against_sft
 from tadistill.report.analysis import analyses
@@ -22,7 +22,7 @@ from tadistill.report.explain import caution_texts, undecided_text, verdict_text
 from tadistill.report.path_words import route
 from tadistill.report.plain_text import bullets, code, escape_markdown, pipe_table
 from tadistill.report.tables import Cell, mean_cell, sample_text
-from tadistill.results.collect import MEAN, Results, primary_metric, sets_with, stack, summarise
+from tadistill.results.collect import Results, primary_metric, sets_with, stack, summarise
 from tadistill.results.measured import stream_predictions
 from tadistill.results.number_text import number, parameters_text, rows_text, summary_text
 from tadistill.results.study import ArmRecord

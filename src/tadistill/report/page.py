@@ -21,8 +21,9 @@ from markupsafe import Markup, escape
 from tadistill import charts
 from tadistill.charts import Axis, Chart, Look, Strip, nice_span
 from tadistill.config.arm import members
+from tadistill.constants import SEEDS_FOR_A_CLAIM
 from tadistill.glossary import GLOSSARY, metric_text
-from tadistill.metrics import metric_title
+from tadistill.metrics import MEAN, metric_title
 from tadistill.plan.kinds import KINDS
 from tadistill.report import findings
 from tadistill.report.against_sft import student_of
@@ -45,11 +46,11 @@ from tadistill.report.tables import (
     versions,
 )
 from tadistill.results import number_text
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric, seeds_of
+from tadistill.results.collect import Results, Summary, primary_metric, seeds_of
 from tadistill.results.curves import learning_curves
 from tadistill.results.sample_answers import Samples, judgements, references, samples, shown_first
 from tadistill.results.study import ArmRecord
-from tadistill.results.verdict import SEEDS_FOR_A_CLAIM, comparisons
+from tadistill.results.verdict import comparisons
 from tadistill.text import counted, visible
 
 _LONG = 250_000  # characters

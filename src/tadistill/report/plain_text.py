@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tadistill.metrics import metric_title
+from tadistill.metrics import MEAN, metric_title
 from tadistill.report.analysis import MARKS, Analysis, analyses, published
 from tadistill.report.answer import answer
 from tadistill.report.explain import cautions
@@ -27,7 +27,7 @@ from tadistill.report.tables import (
     stage_rows,
     versions,
 )
-from tadistill.results.collect import MEAN, Results, Summary, seeds_of
+from tadistill.results.collect import Results, Summary, seeds_of
 from tadistill.results.number_text import DASH, gap_text, number, ratio_text, summary_text
 from tadistill.results.sample_answers import references, samples
 from tadistill.text import counted, one_line, visible

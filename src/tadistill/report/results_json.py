@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tadistill.disk import finite, write_text
+from tadistill.metrics import MEAN
 from tadistill.report.analysis import analyses
 from tadistill.report.answer import answer
 from tadistill.report.explain import cautions, undecided_text, verdict_text
@@ -20,7 +21,7 @@ from tadistill.report.findings import sections
 from tadistill.report.path_words import arm_words
 from tadistill.report.tables import CostRow, cost_rows, ledger_rows, stage_rows, versions
 from tadistill.results.budget_curves import BudgetCurve, budget_curves
-from tadistill.results.collect import MEAN, Results, Row, Summary, primary_metric, rounded
+from tadistill.results.collect import Results, Row, Summary, primary_metric, rounded
 from tadistill.results.compare import BY_LENGTH, bucket_sizes, bucket_summary
 from tadistill.results.curves import Curve, ExposureBias, exposures, last_dev_value, learning_curves, reliabilities
 from tadistill.results.sample_answers import references

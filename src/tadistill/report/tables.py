@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from tadistill.metrics import higher_is_better, metric_title, metric_unit, sorted_names
+from tadistill.metrics import MEAN, higher_is_better, metric_title, metric_unit, sorted_names
 from tadistill.plan.graph import without_seed
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric, sets_with
+from tadistill.results.collect import Results, Summary, primary_metric, sets_with
 from tadistill.results.compare import BY_LENGTH, bucket_sizes, bucket_summary, bucket_title, difference, direct_of
 from tadistill.results.measured import StageManifest
 from tadistill.results.number_text import (

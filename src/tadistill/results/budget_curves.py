@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from scipy.special import chdtri, ndtri, stdtrit
 
 from tadistill.config.added_arms import budget_of
-from tadistill.metrics import metric_of
-from tadistill.results.collect import MEAN, Results, Summary, once, primary_metric
+from tadistill.metrics import MEAN, metric_of
+from tadistill.results.collect import Results, Summary, once, primary_metric
 from tadistill.results.compare import difference, reference_at
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference

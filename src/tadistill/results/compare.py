@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from tadistill.config.added_arms import at_budget, budget_of
 from tadistill.config.arm import direct_arm, read_compute
 from tadistill.constants import misses_budget
-from tadistill.metrics import metric_of
-from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, once, sets_with, stack, summarise
+from tadistill.metrics import MEAN, metric_of
+from tadistill.results.collect import Results, Summary, complete_seeds, once, sets_with, stack, summarise
 from tadistill.results.study import ArmRecord
 from tadistill.statistics import Difference, macro_difference
 

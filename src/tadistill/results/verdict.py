@@ -18,7 +18,8 @@ import numpy as np
 
 from tadistill import constants
 from tadistill.constants import SEEDS_FOR_A_CLAIM
-from tadistill.results.collect import MEAN, Results, once, primary_metric, sets_with
+from tadistill.metrics import MEAN
+from tadistill.results.collect import Results, once, primary_metric, sets_with
 from tadistill.results.compare import Mechanism, at_equal_compute, compare, differences_per_seed, direct_of, mechanism, twin_of
 from tadistill.results.curves import values_on_dev
 from tadistill.results.study import ArmRecord

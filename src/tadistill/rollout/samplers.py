@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import Optim
+from tadistill.config.method_parts import Optim
 from tadistill.config.sampling import MixSampler, OnPolicy, PairSampler, ReplaySampler
 from tadistill.data.batch import Batch, Sequence, collate, taught
 from tadistill.data.other_tokenizer import Rereader, SecondReading

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from tadistill import rng
-from tadistill.config.method import Optim, Select
+from tadistill.config.method_parts import Optim, Select
 from tadistill.constants import LOG_POINTS, WATCH_EVERY, WATCHED_ROWS
 from tadistill.data.batch import Batch
 from tadistill.errors import ConfigError, Interrupted, StageFailed

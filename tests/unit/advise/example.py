@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tadistill.advise.command import edge_measures
 from tadistill.advise.decide import Advice, advise
 from tadistill.advise.history import Candidate, History, Observation, path_edges
-from tadistill.advise.measures import Ladder, Measures, PathCost, costs, measure, with_search
+from tadistill.advise.measures import Ladder, Measures, PathCost, costs, edge_measures, measure, with_search
 from tadistill.advise.words import Report, lambda_sweeps, notes, rules, steps
 from tadistill.config import load
 

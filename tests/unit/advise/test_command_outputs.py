@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 from tests.unit.advise.example import report
 
-from tadistill.advise.command import decided, edge_measures, measured, print_advice
+from tadistill.advise.command import decided, measured, print_advice
 from tadistill.advise.history import load_measures
-from tadistill.advise.measures import with_earlier
+from tadistill.advise.measures import edge_measures, with_earlier
 from tadistill.advise.page import render_advice
 from tadistill.advise.words import gain_text, reason
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tests.unit.advise.example import LOSS, RECIPE, SIZES, measures, verdict
 
-from tadistill.advise.command import Commands, _advice, _finished, edge_measures, margin_on
+from tadistill.advise.command import Commands, _advice, _finished, margin_on
 from tadistill.advise.decide import SEEDS, Work, improvement, improvement_unit
 from tadistill.advise.history import Candidate, History, Observation, path_edges
-from tadistill.advise.measures import Mean, chain_settings, costs, ladder, twin_name, with_search, with_seeds
+from tadistill.advise.measures import Mean, chain_settings, costs, edge_measures, ladder, twin_name, with_search, with_seeds
 from tadistill.advise.words import command_notes, cost_text, lambda_sweeps, notes, rules, steps, sweep_text
 from tadistill.config import load
 from tadistill.plan.arms import make_plan

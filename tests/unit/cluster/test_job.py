@@ -7,10 +7,10 @@ import pytest
 from tests.unit.plan.fakes import spec
 
 from tadistill.cluster import job
-from tadistill.cluster.job import FAILURE, StageJob
+from tadistill.cluster.job import StageJob
 from tadistill.errors import Interrupted, StageFailed
 from tadistill.plan.task import Task
-from tadistill.store import Store
+from tadistill.store import FAILURE, Store
 
 
 @pytest.fixture

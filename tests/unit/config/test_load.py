@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tadistill.config import load, parse
-from tadistill.config.method import Method, MethodPatch, Optim
-from tadistill.config.method_parts import TeacherContext
+from tadistill.config.method import Method, MethodPatch
+from tadistill.config.method_parts import Optim, TeacherContext
 from tadistill.config.method_rules import apply, merge_methods
 from tadistill.config.objective import CrossEntropy, ForwardKL, MiniLLM
 from tadistill.config.recipe import methods

@@ -18,11 +18,11 @@ from tadistill.errors import ConfigError, DataError, StageFailed
 from tadistill.evaluation import lm_eval_tasks
 from tadistill.evaluation.lm_eval_tasks import TaskResult, load_tasks, read_samples, run_task
 from tadistill.evaluation.token_scores import Subject
-from tadistill.metrics import metric_title
+from tadistill.metrics import MEAN, metric_title
 from tadistill.plan.arms import make_plan
 from tadistill.plan.inputs import Tasks, task_files
 from tadistill.report import write_report
-from tadistill.results.collect import MEAN, primary_metric
+from tadistill.results.collect import primary_metric
 from tadistill.runner.preflight import _check_tasks
 from tadistill.stages import measuring
 

@@ -10,7 +10,7 @@ from rouge_score import rouge_scorer
 from tests.environment import USER
 
 from tadistill.data import tinyworld
-from tadistill.data.datasets import Example
+from tadistill.data.rows import Example
 from tadistill.evaluation.text_scores import (
     _f_measure,
     exact_match,

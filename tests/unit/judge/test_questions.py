@@ -5,8 +5,8 @@ import json
 import pytest
 from tests.unit.report.builder import ArmSpec, StudySpec, build_study
 
-from tadistill.data.datasets import Example
 from tadistill.data.prompts import render, split_prompt, task_of
+from tadistill.data.rows import Example
 from tadistill.errors import ConfigError
 from tadistill.judge.questions import in_order_of_asking, make_questions, parse_scores, read_answers, wordings, write_question
 from tadistill.store import Store

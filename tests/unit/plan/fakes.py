@@ -1,7 +1,8 @@
 """Specs that name other stages and nothing else, for tests of what happens to a graph of stages."""
 
+from tadistill.plan.graph import Spec
 from tadistill.plan.inputs import FromStage, Output
-from tadistill.plan.kinds import KINDS, Spec
+from tadistill.plan.kinds import KINDS
 
 
 def spec(kind: str = "sft", *assistants: str, **parents: str) -> Spec:

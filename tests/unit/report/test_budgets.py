@@ -6,10 +6,11 @@ from functools import cache
 import numpy as np
 import pytest
 
+from tadistill.metrics import MEAN
 from tadistill.report import write_report
 from tadistill.report.figures.compute import curve_sentences
 from tadistill.results.budget_curves import BudgetPoint, _limit, budget_curves, first_crossing
-from tadistill.results.collect import MEAN, Summary
+from tadistill.results.collect import Summary
 from tadistill.results.compare import difference, twin_of
 
 from .builder import ArmSpec, StudySpec, build_study

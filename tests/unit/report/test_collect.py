@@ -15,12 +15,12 @@ from rich.console import Console
 from tadistill.config.arm import direct_arm
 from tadistill.disk import digest
 from tadistill.errors import StoreError
-from tadistill.metrics import metric_of
+from tadistill.metrics import MEAN, metric_of
 from tadistill.report import summary_table, write_report
 from tadistill.report.explain import missing_text
 from tadistill.report.results_json import write_results
 from tadistill.results import collect
-from tadistill.results.collect import MEAN, primary_metric, read_results
+from tadistill.results.collect import primary_metric, read_results
 from tadistill.results.compare import compare, direct_of, twin_of
 from tadistill.results.measured import stream_predictions
 from tadistill.results.number_text import number

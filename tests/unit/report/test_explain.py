@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tadistill.config.sampling import StudentSampler
+from tadistill.metrics import MEAN
 from tadistill.report import explain
 from tadistill.report.against_sft import sft_arm
 from tadistill.report.analysis import Row, analyses, published
@@ -15,7 +16,6 @@ from tadistill.report.answer import answer
 from tadistill.report.figures.paths import lattice
 from tadistill.report.page import roles
 from tadistill.report.path_words import arm_words, hop_text, steps
-from tadistill.results.collect import MEAN
 from tadistill.results.compare import BUCKETS, bucket_difference, bucket_sizes, bucket_title, difference
 from tadistill.results.number_text import number, summary_text
 from tadistill.results.verdict import comparisons

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tadistill.metrics import MEAN
 from tadistill.report.explain import cautions
 from tadistill.report.figures import looks
 from tadistill.report.figures.behaviour import curve_figures, exposure_figure
@@ -15,7 +16,7 @@ from tadistill.report.figures.compute import cost_figure, cost_points
 from tadistill.report.figures.paths import Budget, budget_figures, budget_text, lattice, lattice_figure, lattice_notes
 from tadistill.report.figures.scores import difference_figure, means_figure
 from tadistill.results import sample_answers
-from tadistill.results.collect import MEAN, Summary
+from tadistill.results.collect import Summary
 from tadistill.results.curves import accumulated_error, exposures, learning_curves, reliabilities
 from tadistill.results.sample_answers import first_answers, samples, shown_first
 from tadistill.statistics import undominated

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from tadistill.config import Evaluate, validate
+from tadistill.metrics import MEAN
 from tadistill.plan.arms import make_plan
 from tadistill.report import write_report
 from tadistill.report.model_card import model_card
-from tadistill.results.collect import MEAN, primary_metric
+from tadistill.results.collect import primary_metric
 from tadistill.statistics import macro_interval, pass_at_k
 
 from .builder import SMALL, StudySpec, build_study, key_of

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tadistill.metrics import MEAN
 from tadistill.report import write_report
 from tadistill.report.answer import answer
 from tadistill.report.explain import caution_texts, cautions, verdict_text
 from tadistill.report.findings import against
 from tadistill.report.tables import sample_text
-from tadistill.results.collect import MEAN
 from tadistill.results.compare import Mechanism, compare
 from tadistill.results.verdict import _credit, _word, comparisons
 from tadistill.statistics import Difference, holm, inflation, macro_difference, minimum_detectable_effect, sign_flip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.conftest import response_logits, tiny_model
 
-from tadistill.config.method import Optim
+from tadistill.config.method_parts import Optim
 from tadistill.config.sampling import HiddenSignal, SampledSignal, TopKSignal
 from tadistill.data.batch import Sequence, collate
 from tadistill.errors import ConfigError, StoreError

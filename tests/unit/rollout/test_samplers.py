@@ -11,7 +11,8 @@ from tests.conftest import tiny_model
 
 from tadistill import rng
 from tadistill.config.common import Decoding
-from tadistill.config.method import Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim
 from tadistill.config.sampling import MixSampler, PairSampler, ReplaySampler, SpeculativeSampler, StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence
 from tadistill.data.encoding import Encoded

@@ -7,7 +7,7 @@ test set. Fixtures for algorithms, no evidence about distillation: most differen
 ResNet with 8 layers is 9 points better without a teacher.
 """
 
-from tadistill.search.strategies import ModelPath
+from tadistill.config.arm import ModelPath
 
 
 def table(text: str) -> dict[ModelPath, float]:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tests.unit.search.tables import FORK_CNN, FORK_RESNET, TAKD
 
-from tadistill.search.strategies import ModelPath, Round, beam, best_prefix, drive, exhaustive, halving, make_lattice, single
+from tadistill.config.arm import ModelPath
+from tadistill.search.strategies import Round, beam, best_prefix, drive, exhaustive, halving, make_lattice, single
 
 CNN = make_lattice("10", ["8", "6", "4"], "2")
 RESNET = make_lattice("110", ["56", "32", "20"], "8")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.conftest import response_logits, tiny_model
 
-from tadistill.config.method import Optim, Select
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.objective import CrossEntropy
 from tadistill.config.sampling import SampledSignal, TeacherSampler, TopKSignal
 from tadistill.data.batch import Sequence, collate, references

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.unit.train.test_loop import train
 
-from tadistill.config.method import Select
+from tadistill.config.method_parts import Select
 from tadistill.disk import replacing
 from tadistill.errors import Interrupted, StoreError
 from tadistill.store import Store

@@ -10,7 +10,8 @@ from tests.conftest import tiny_model
 
 from tadistill import objectives
 from tadistill.config.common import Decoding
-from tadistill.config.method import Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim
 from tadistill.config.method_rules import check_pairing
 from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, collate, references

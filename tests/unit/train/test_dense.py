@@ -7,7 +7,8 @@ from tests.conftest import response_logits, tiny_model
 
 from tadistill import objectives, rng
 from tadistill.config import objective as config
-from tadistill.config.method import Dense, Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Dense, Optim
 from tadistill.config.sampling import StudentSampler, TeacherMixedSampler
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.teachers import teacher_of

@@ -10,13 +10,14 @@ from accelerate import Accelerator
 from tests.conftest import tiny_model
 from tests.families import tiny
 
-from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.objective import CrossEntropy, ForwardKL, ReverseKL, Taid
 from tadistill.data.batch import Sequence, collate
-from tadistill.errors import StageFailed
+from tadistill.errors import Interrupted, StageFailed
 from tadistill.rollout.samplers import FixedSequences
 from tadistill.train import checkpoint, loop
-from tadistill.train.loop import Hooks, Interrupted, learning_rate, train_stage
+from tadistill.train.loop import Hooks, learning_rate, train_stage
 from tadistill.train.step import counts, make_step
 
 ROWS = [Sequence((3 + i % 4, 9), (*tuple(range(5, 7 + i % 5)), 0)) for i in range(16)]

@@ -11,7 +11,8 @@ from tests.conftest import tiny_model
 from tests.unit.plan.test_plan import model, plan
 from tests.unit.plan.test_plan_edges import stages
 
-from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.model import Lora
 from tadistill.config.objective import ForwardKL
 from tadistill.data.batch import Sequence

@@ -18,7 +18,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tadistill import objectives
 from tadistill.config.common import Decoding
-from tadistill.config.method import Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim
 from tadistill.config.method_rules import over_spans
 from tadistill.data import tinyworld
 from tadistill.data.alignment import cells, shared_tokens

@@ -9,7 +9,8 @@ from tests.conftest import response_logits, tiny_model
 
 from tadistill import objectives
 from tadistill.config import objective as config
-from tadistill.config.method import Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim
 from tadistill.data.batch import Sequence, collate
 from tadistill.models.forward import Reader, pack_rows
 from tadistill.objectives import Hidden, cross_entropy, log_probs, top_k

@@ -14,7 +14,8 @@ from tests.conftest import tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tadistill.config.method import Method, Optim
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim
 from tadistill.data.batch import Sequence, collate
 from tadistill.models import forward
 from tadistill.models.forward import pack_rows

@@ -6,7 +6,8 @@ import numpy as np
 from accelerate import Accelerator
 from tests.conftest import tiny_model
 
-from tadistill.config.method import Method, Optim, Select
+from tadistill.config.method import Method
+from tadistill.config.method_parts import Optim, Select
 from tadistill.config.objective import ReverseKL
 from tadistill.data import tinyworld
 from tadistill.data.batch import Sequence, collate

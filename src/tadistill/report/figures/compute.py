@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from tadistill.charts import Axis, Chart, Look, Point, nice_span
-from tadistill.metrics import metric_title
+from tadistill.metrics import MEAN, metric_title
 from tadistill.report.figures import MANY, looks, span_axis, titled
 from tadistill.results.budget_curves import BudgetCurve, BudgetPoint, budget_curves
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.collect import Results, Summary, primary_metric
 from tadistill.results.compare import direct_of
 from tadistill.results.number_text import flops_text, number, ratio_text, span, summary_text
 from tadistill.results.study import ArmRecord

@@ -11,11 +11,11 @@ from itertools import accumulate, pairwise
 from tadistill.charts import COLOURS, GREY, PLAIN, Axis, Chart, Look, bar_texts
 from tadistill.charts.series import DASHES
 from tadistill.config.arm import flat, members
-from tadistill.metrics import metric_title
+from tadistill.metrics import MEAN, metric_title
 from tadistill.plan.kinds import TRAINING
 from tadistill.report.figures import looks, rows_axis
 from tadistill.report.path_words import route, some
-from tadistill.results.collect import MEAN, Results, Summary, primary_metric
+from tadistill.results.collect import Results, Summary, primary_metric
 from tadistill.results.compare import added_by_steps, at_equal_compute, budget_models, teacher_of, twin_of
 from tadistill.results.curves import last_dev_value
 from tadistill.results.number_text import flops_text, number, parameters_text, signed, summary_text

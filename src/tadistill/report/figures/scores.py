@@ -6,9 +6,9 @@ from itertools import pairwise
 
 from tadistill.charts import PLAIN, Chart, Point
 from tadistill.charts.series import text_width
-from tadistill.metrics import metric_title
+from tadistill.metrics import MEAN, metric_title
 from tadistill.report.figures import MANY, looks, rows_axis, span_axis, titled
-from tadistill.results.collect import MEAN, Results, Summary, complete_seeds, primary_metric, sets_with
+from tadistill.results.collect import Results, Summary, complete_seeds, primary_metric, sets_with
 from tadistill.results.compare import MAIN, compare, differences_per_seed, direct_of, entropy_curve, reference_at, twin_of
 from tadistill.results.compare import Point as Decoded
 from tadistill.results.number_text import gap_text, number, p_text, summary_text
