@@ -72,16 +72,20 @@ class DataRef(Strict):
             raise ValueError("`instruction` is empty; write the instruction for every row, or remove the key")
         return self
 
-    _folder: Path | None = PrivateAttr(default=None)
-    """The folder of the recipe's file."""
+    _folders: tuple[Path, ...] = PrivateAttr(default=())
     _called: str | None = PrivateAttr(default=None)
     """The name that the recipe gives to the data set, if it has one."""
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folder of the recipe's file, and the working directory when it was read."""
+        return self._folders
+
+    @property
     def paths(self) -> tuple[Path, ...]:
-        """The paths at which a local data set is looked for: beside the recipe's file, and then in the working directory."""
+        """The paths at which a local data set is looked for, one in each of `folders`."""
         path = Path(self.load).expanduser()
-        return tuple(dict.fromkeys([self._folder / path, Path.cwd() / path])) if self._folder else (path,)
+        return tuple(folder / path for folder in self.folders) or (path,)
 
     @property
     def name(self) -> str:
@@ -95,7 +99,7 @@ class DataRef(Strict):
     def plain(self, name: str) -> "DataRef":
         """Return a copy of this data set with the name `name`. The copy has no `weight`, even if this is a training set with a weight."""
         found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
-        found._folder, found._called = self._folder, name
+        found._folders, found._called = self._folders, name
         return found
 
 

@@ -258,7 +258,8 @@ def check_nesting(text: str, what: str, loader: Any) -> None:
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
-    """Return the recipe with its relative paths resolved. A path is tried beside the recipe's file, then in the working directory."""
+    """Return the recipe with its relative paths resolved. A path is tried beside the recipe's file, then in the working directory. The
+    result means the same files after a change of the working directory."""
     models, written = {}, dict[str, str]()
     for name, model in recipe.models.items():
         found = {key: _beside(folder, load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load}
@@ -266,7 +267,7 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
         written |= {path: getattr(model, key) for key, path in beside.items()}
         models[name] = model.model_copy(update=beside)  # sets no other key: those without a value are not in the recipe
     for _, ref in data_sets(recipe):
-        ref._folder = folder
+        ref._folders = tuple(dict.fromkeys([folder, Path.cwd()]))
     root = {"root": _folder_beside(folder, recipe.data.root)} if recipe.data.root else {}
     written |= {path: recipe.data.root for path in root.values() if recipe.data.root}
     copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update=root)})
@@ -275,26 +276,25 @@ def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
 
 
 def _beside(folder: Path, load: str) -> str | None:
+    """Return the absolute path of a local model. Return None for other sources."""
     try:
         path = Path(load).expanduser()
         if load.startswith("scratch:") or "://" in load or path.is_absolute():
             return None
-        beside = folder / path
-        model = beside.is_file() or (beside.is_dir() and any(beside.glob("*.json")))
         named = load.startswith(".") or load.endswith(".gguf")  # no hub id has such a name
-        if not model and not (named and (beside.exists() or not path.exists())):
-            return None
-        return None if os.path.normpath(beside) == os.path.abspath(path) else os.path.normpath(beside)
+        paths = [folder / path, Path.cwd() / path]
+        found = [each for each in paths if each.is_file() or (each.is_dir() and any(each.glob("*.json"))) or (named and each.exists())]
+        return os.path.normpath([*found, *paths][0]) if found or named else None
     except (OSError, RuntimeError, ValueError):  # a path that cannot exist; the check of the model reports it
         return None
 
 
 def _folder_beside(folder: Path, root: str) -> str:
     try:
-        beside = not Path(root).expanduser().is_absolute() and (folder / root).is_dir()
+        paths = [] if Path(root).expanduser().is_absolute() else [folder / root, Path.cwd() / root]
+        return str(next((path for path in paths if path.is_dir()), root))
     except (OSError, RuntimeError, ValueError):
         return root
-    return str(folder / root) if beside else root
 
 
 def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Concatenate[Recipe, Given], Result]:
