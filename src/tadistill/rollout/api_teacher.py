@@ -36,9 +36,11 @@ LONGEST_WAIT = 600.0
 # After so many refusals without any answer, the API is assumed to refuse every request. Requests are sent in a random order, because a
 # filter or a limit can refuse all rows of one place. If it refuses three quarters of the rows, the first 30 are all refused with a
 # probability of 0.0002. Fewer are enough if a setting is the reason: the API names one that it does not accept, or the answer is cut before
-# it begins, which is paid for.
-_REFUSALS, _REFUSALS_OF_A_SETTING = 30, 3
-_CUT = "the answer is empty; raise `max_new_tokens`"
+# it begins, which is paid for. Other empty answers are paid for, too, each of them twice. If half of the rows have one, the first five all
+# have one with a probability of 0.03.
+_REFUSALS, _REFUSALS_OF_A_SETTING, _EMPTY_ROWS = 30, 3, 5
+_EMPTY = "the answer is empty"
+_CUT = f"{_EMPTY}; raise `max_new_tokens`"
 _SEEDS = 2**31  # seeds are below this number, because some servers accept no larger seed
 _SHOWN = 5  # largest number of rows that a message names
 
@@ -94,7 +96,7 @@ def usable(reply: Reply) -> str:
     if reply.finish not in ("stop", "length"):
         return f"the answer ends by `{reply.finish}`"
     if not reply.text.strip():
-        return _CUT if reply.finish == "length" else "the answer is empty"
+        return _CUT if reply.finish == "length" else _EMPTY
     return ""
 
 
@@ -151,7 +153,7 @@ class Asking:
         self.known, self.answered, self.reason = 0, 0, ""
         self.failed: dict[int, str] = {}
         """The reason why a row got no usable answer, by the row's line in its file, or by its number."""
-        self.noun, self.of_a_setting = "row", 0  # `of_a_setting`: the number of refusals because of a setting
+        self.noun, self.of_a_setting, self.empty = "row", 0, 0  # numbers of refusals because of a setting, and of empty answers
         self._digests: dict[str, str] = {}
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
@@ -217,7 +219,8 @@ class Asking:
             self.failed[request.line or request.row] = why
             self.noun = "line" if request.line else "row"
             self.of_a_setting += bool(named) or why == _CUT
-            enough = len(self.failed) >= _REFUSALS or self.of_a_setting >= _REFUSALS_OF_A_SETTING
+            self.empty += why == _EMPTY
+            enough = len(self.failed) >= _REFUSALS or self.of_a_setting >= _REFUSALS_OF_A_SETTING or self.empty >= _EMPTY_ROWS
             all_refused = enough and not (self.known or self.answered)
         if all_refused:
             fix = f" (if it does not accept `{named[0]}`, write `omit: [{named[0]}]` below `api`)" if named else ""

@@ -207,6 +207,18 @@ def test_a_model_that_thinks_longer_than_max_new_tokens_is_paid_for_few_answers(
         asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
 
 
+def test_a_model_that_answers_nothing_is_paid_for_few_answers(tmp_path):
+    """Sixty answers without a text were paid for, as each row is asked twice."""
+    prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
+    with serve(lambda number, text: reply(number, "")) as fake:
+        with pytest.raises(ServerFailed, match=r"so far, because the answer is empty; 0 of 60 answers are saved"):
+            asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+        assert len(fake.asked) == 10
+    later = serve(lambda number, text: reply(number, "") if number > 0 else honest(number, text))
+    with later as fake, pytest.raises(ServerFailed, match=r"gives no usable answer to rows .* and 54 more of the training set"):
+        asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+
+
 def test_refusals_of_other_kinds_do_not_blame_a_setting(tmp_path):
     prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
     faults = [error(400, "filtered"), error(400, "filtered"), reply(2, "", "length")]
