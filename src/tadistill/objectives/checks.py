@@ -105,6 +105,12 @@ def weights(name: str, value: Any, student_hidden: Tensor) -> None:
         raise ConfigError(f"`{name}` contains NaN or infinity; to divide it by its sum, which may be 0, use `{name}.sum().clamp(min=1)`")
 
 
+def states(name: str, value: Tensor) -> None:
+    """Raise a ConfigError unless all hidden states are finite."""
+    if not bool(value.isfinite().all()):
+        raise ConfigError(f"`{name}` contains NaN or infinity, usually because the model has diverged; hidden states must be finite")
+
+
 def no_gradient(**arguments: Any) -> None:
     """Raise a ConfigError if an argument needs a gradient, because the fused loss would give it none."""
     for name, value in arguments.items():

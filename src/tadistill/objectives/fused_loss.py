@@ -30,6 +30,7 @@ from tadistill.objectives.targets import (
     Target,
     TargetMixture,
     TeacherTerm,
+    check_finite,
     check_head,
     check_same_tokens,
     check_target,
@@ -70,7 +71,8 @@ def fused_divergence(
         teacher: the teacher's output (`Target`), or a list of several teachers' outputs with a `mixture`. No gradient flows to them.
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: use only the first `vocab` tokens of both heads (or of the teacher's logits), and normalise the probabilities over them.
-        parameters: further arguments of `divergence`. Tensors that broadcast to (...), such as `from_teacher`, have values of tokens.
+        parameters: further arguments of `divergence`. A tensor, such as `from_teacher`, has values of tokens, and broadcasts to (...). A
+            setting that is a tensor belongs to the function: `functools.partial(divergence, name=tensor)`.
 
     Returns:
         Two tensors. The first is the weighted sum, a scalar with gradients to the hidden states and to the head's weight and bias. The
@@ -83,16 +85,26 @@ def fused_divergence(
     check_head(student_head, "`student_head`")
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     checks.weights("mask", weights, student_hidden)
-    checks.no_gradient(mask=mask, temperature=temperature, **parameters)
+    checks.no_gradient(**{**getattr(divergence, "keywords", {}), **parameters, "mask": mask, "temperature": temperature})
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
     term = TeacherTerm.at(counted, divergence, parameters, mixture, temperature)
     hidden, teachers = student_hidden[counted], [select(t, counted) for t in targets]
     total, found = fused_terms([term], hidden, student_head, weights[counted].unsqueeze(0), teachers=teachers, vocab=vocab)
     if bool(found.isnan().any()):
-        of_teachers = torch.cat([per_token(t).flatten() for t in teachers])
-        checks.result(found, student_hidden=hidden, student_head=student_head.weight, teacher=of_teachers)
+        _explain(found, hidden, student_head, teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
+
+
+def _explain(found: Tensor, hidden: Tensor, head: Head, teachers: Sequence[Target]) -> None:
+    """Raise a ConfigError that says why the values `found` contain NaN."""
+    checks.states("student_hidden", hidden)
+    check_finite(head, "`student_head`")
+    for target in teachers:
+        if isinstance(target, Hidden):
+            checks.states("teacher", target.states)
+            check_finite(target.head, "the teacher's head")
+    checks.result(found, student_hidden=hidden, teacher=torch.cat([per_token(target).flatten() for target in teachers]))
 
 
 def fused_terms(

@@ -214,8 +214,12 @@ class TeacherTerm:
         mixture: TargetMixture | None,
         temperature: float,
     ) -> "TeacherTerm":
-        """Return the term at the N tokens where the mask `counted` (...) is True. Tensors in `parameters` that broadcast to this shape are
-        cut, too. A tensor with one number and fewer axes is a setting."""
+        """Return the term at the N tokens where the mask `counted` (...) is True. Tensors in `parameters` have values of tokens, and are
+        cut, too. Only a tensor with one number and fewer axes is a setting.
+
+        Raises:
+            ConfigError: a tensor does not broadcast to the tokens.
+        """
         axes = counted.shape
 
         def of_tokens(value: Any) -> bool:
@@ -225,6 +229,12 @@ class TeacherTerm:
 
         per_token = {name: value.expand(axes)[counted] for name, value in parameters.items() if of_tokens(value)}
         settings = {name: value for name, value in parameters.items() if name not in per_token}
+        for name, value in settings.items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ConfigError(
+                    f"`{name}` has shape {tuple(value.shape)}, but the tokens have shape {tuple(axes)}; give one value per token, or, if "
+                    f"it has no values of tokens, a divergence that contains it: `functools.partial(divergence, {name}=...)`"
+                )
         return cls("", divergence, per_token, settings, mixture, temperature)
 
     def values(self, logits: Tensor, teachers: Sequence[Tensor | TopK | Sampled], rows: slice) -> Tensor:
@@ -266,6 +276,18 @@ class TeacherTerm:
         dense = [t for t in teachers if isinstance(t, Tensor)]
         mixed = dense[0] if self.mixture is None else self.mixture.logits(dense, temperature=self.temperature)
         return student, mixed, self.temperature
+
+
+def check_finite(head: Head, name: str) -> None:
+    """Raise a ConfigError if a weight of the head is NaN or infinite, or a bias is NaN or +inf. The message names the first such row."""
+    wrong = ~head.weight.isfinite().all(dim=1)
+    if head.bias is not None:
+        wrong |= head.bias.isnan() | head.bias.isposinf()
+    if rows := wrong.nonzero().flatten().tolist():
+        more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        raise ConfigError(
+            f"row {rows[0]}{more} of {name} contains NaN or infinity, but weights must be finite; to exclude a token, set its bias to -inf"
+        )
 
 
 def check_head(head: Any, name: str) -> None:

@@ -305,12 +305,54 @@ def test_fused_hidden_states_that_are_no_numbers():
     bad[1, 2, 0] = NAN
     message = refused(lambda: fused_divergence(reverse_kl, bad, Head(WEIGHT), TARGET), "`student_hidden` contains NaN")
     assert "student_head" not in message
-    broken = WEIGHT.clone()
-    broken[3, 1] = NAN
-    refused(lambda: fused_divergence(reverse_kl, HIDDEN, Head(broken), TARGET), "`student_head` contains NaN")
     mask = torch.ones(2, 3, dtype=torch.bool)
     mask[1, 2] = False  # what is masked is not computed, so its NaN does no harm
     assert torch.isfinite(fused_divergence(reverse_kl, bad, Head(WEIGHT), TARGET, mask=mask)[1]).all()
+
+
+@pytest.mark.parametrize("wrong", [NAN, math.inf, -math.inf])
+def test_heads_that_are_no_numbers(wrong):
+    """With a row of -inf, the message said that the divergence overflows."""
+    states = torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(2, 3, 4)
+    target, broken = Hidden(states, Head(WEIGHT)), WEIGHT.clone()
+    broken[3] = wrong
+    refused(
+        lambda: fused_divergence(reverse_kl, states, Head(broken), target), "row 3 of `student_head` contains NaN or infinity", "finite"
+    )
+    broken[1, 1] = wrong
+    refused(
+        lambda: fused_divergence(reverse_kl, states, Head(WEIGHT), Hidden(states, Head(broken))), "row 1 (and 1 more) of the teacher's head"
+    )
+    hidden = states.clone()
+    hidden[0, 0, :2] = wrong
+    varied = Head(torch.arange(36.0).view(9, 4).sin())
+    refused(lambda: fused_divergence(reverse_kl, hidden, varied, target), "`student_hidden` contains NaN or infinity")
+
+
+def test_a_bias_that_is_no_number():
+    bias = torch.zeros(len(WEIGHT))
+    bias[2] = -math.inf  # a token without probability
+    for divergence in (forward_kl, jensen_shannon):
+        assert fused_divergence(divergence, HIDDEN, Head(WEIGHT, bias), Hidden(HIDDEN, Head(WEIGHT, bias)))[1].isfinite().all()
+    bias[4] = math.inf
+    refused(lambda: fused_divergence(reverse_kl, HIDDEN, Head(WEIGHT, bias), TARGET), "row 4 of `student_head`")
+
+
+def test_tensors_that_are_no_values_of_tokens():
+    """A setting with a number for each token of the vocabulary was cut like values of tokens if the text had as many positions."""
+
+    def own(student, teacher, *, rare, temperature=1.0):
+        return (rare * (student - teacher).abs()).sum(-1)
+
+    rare = torch.rand(len(WEIGHT))
+    states = torch.randn(len(WEIGHT), HIDDEN.shape[-1])  # as many positions as the vocabulary has tokens
+    _, values = fused_divergence(partial(own, rare=rare), states, Head(WEIGHT), Hidden(states.roll(1, 0), Head(WEIGHT)))
+    expected = own(states @ WEIGHT.T, states.roll(1, 0) @ WEIGHT.T, rare=rare)
+    assert torch.allclose(values, expected, atol=1e-5)
+    words = ("`rare` has shape (9,), but the tokens have shape (2, 3)", "functools.partial(divergence, rare=...)")
+    refused(lambda: fused_divergence(own, HIDDEN, Head(WEIGHT), TARGET, rare=rare), *words)
+    learnt = rare.clone().requires_grad_()
+    refused(lambda: fused_divergence(partial(own, rare=learnt), HIDDEN, Head(WEIGHT), TARGET), "`rare` needs a gradient")
 
 
 def test_fused_teachers_that_are_no_numbers():
