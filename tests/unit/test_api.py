@@ -273,6 +273,7 @@ def test_a_study_keeps_the_titles_of_its_own_metrics(study, runs_here, tmp_path,
     assert (str(first), first.rows) == (shown, rows)
 
 
+SET = "choices, columns, instruction, load, revision, split"
 KEYS = ", ".join(sorted(set(Data.model_fields) - {"train", "dev", "test", "corpus"}))
 
 # --- a loaded model -----------------------------------------------------------------------------------------------------
@@ -325,7 +326,7 @@ def test_a_loaded_model_is_compared_with_the_references_of_a_study(study, tmp_pa
         ("x", {"data": {"dev": "x"}}, "`data` has `dev`, but the data sets of an evaluation are those of `on`; remove `dev`"),
         ("x", {"data": {"context": {}}}, f"tadistill.evaluate, data: `context` is not a known key; the known keys here are: {KEYS}."),
         ("x", {"data": {"dataset": "x"}}, f"tadistill.evaluate, data: `dataset` is not a known key; the known keys here are: {KEYS}."),
-        ({"load": "x", "weight": 3}, {}, "tadistill.evaluate: `on.0.weight` is not a known key; the known keys here are: choices, columns"),
+        ({"load": "x", "weight": 3}, {}, f"tadistill.evaluate: `on.0.weight` is not a known key; the known keys here are: {SET}."),
         ("x", {"data": {"limit": {"tset": 3}}}, "tadistill.evaluate, data: `limit.tset` is not a known key; did you mean `test`?"),
         (
             "x",
@@ -528,6 +529,7 @@ def test_the_names_are_offered_and_others_are_not():
         (lambda: tadistill.run(TINY, 3), r"overrides are 3; give a list"),
         (lambda: tadistill.run(TINY, None), r"overrides are None; give a list"),
         (lambda: tadistill.run(TINY, runs=3), r"the runs directory is 3; give a path"),
+        (lambda: tadistill.compare(["a", "b"], ["x", "y/x.jsonl"]), "test sets: `on`: two data sets have the name `x`; rename"),
         (lambda: tadistill.compare(MODEL), "`models` is a TransformerEncoderLayer; give a list of names, paths or hub ids"),
         (lambda: tadistill.compare([MODEL, "gpt2"]), "`models` has a TransformerEncoderLayer; give a list of names, paths or hub ids"),
         (lambda: tadistill.compare([None, "gpt2"]), "`models` has None; give a list"),

@@ -33,6 +33,7 @@ from tadistill.cluster.slurm import Profile, accounts_in, output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
 from tadistill.errors import TadistillError
+from tadistill.plan.task import check_sources
 from tadistill.runner.trackers import missing_trackers
 from tadistill.store import store_of
 from tadistill.text import size
@@ -281,8 +282,9 @@ def data_root(root: str | None) -> Check:
 
 
 def fetched(recipe: Recipe, runs: Path, site: str | None) -> Check:
-    """Check that every model and data set of the recipe is on this disk, because jobs have no network."""
+    """Check that every model and data set of the recipe is on this disk, because jobs have no network, and can be read."""
     try:
+        check_sources(recipe)
         absent, changed = compare(recipe, runs)
     except TadistillError as error:
         return Check("fetched", "problem", str(error), "correct the recipe or the file named in this message")

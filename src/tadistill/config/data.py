@@ -127,6 +127,10 @@ DevData = Annotated[Annotated[DataRef, Tag(ONE)] | Annotated[dict[Name, DataRef]
 """One dev set, or one for each training set."""
 
 
+OF_TRAINING = ("extra",)
+"""Keys that only training sets have. `DataRef` is the class of all sets."""
+
+
 def _without_extra(given: Any) -> Any:
     refs = given.values() if isinstance(given, dict) else given if isinstance(given, tuple) else (given,)
     for ref in refs:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.common import FUNCTION, Strict
-from tadistill.config.data import ONE, SETS
+from tadistill.config.data import OF_TRAINING, ONE, SETS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, named_classes, tag
 from tadistill.errors import did_you_mean_then
@@ -280,7 +280,8 @@ def _plain(value: Any) -> str:
 
 def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, str]:
     name, blocks = str(key[-1]), _resolve(location[:-1], root)[1]
-    here = sorted({n for m in blocks for n in _fields(m)} - {name})  # without `name`: another class for this key can have it
+    others = {name} if "train" in key else {name, *OF_TRAINING}  # without `name`: another class for this key can have it
+    here = sorted({n for m in blocks for n in _fields(m)} - others)
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
     for other in wanted:

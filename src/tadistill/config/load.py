@@ -19,9 +19,7 @@ from tadistill.config.common import Strict
 from tadistill.config.error_messages import problems
 from tadistill.config.recipe import Recipe, own_functions
 from tadistill.config.recipe_files import (
-    CLEAR,
     DEEPEST,
-    FAST,
     NO_REFERENCES,
     Lines,
     check_nesting,
@@ -30,6 +28,7 @@ from tadistill.config.recipe_files import (
     settled,
     shipped,
     where,
+    with_loader,
 )
 from tadistill.config.reference import classes, named_classes
 from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
@@ -52,13 +51,16 @@ def study_in(recipe: Path) -> str | None:
         text = recipe.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return None
-    for loader in (FAST, CLEAR):  # the loaders of recipes: others accept other texts
-        with contextlib.suppress(yaml.YAMLError, ConfigError):
-            check_nesting(text, str(recipe), loader)
-            node = yaml.compose(text, Loader=loader)
-            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-            names = [value.value for key, value in pairs if key.value == "study" and isinstance(value, yaml.ScalarNode)]
-            return next(filter(None, names), None)
+
+    def name(loader: Any) -> str | None:
+        check_nesting(text, str(recipe), loader)
+        node = yaml.compose(text, Loader=loader)
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        names = [value.value for key, value in pairs if key.value == "study" and isinstance(value, yaml.ScalarNode)]
+        return next(filter(None, names), None)
+
+    with contextlib.suppress(yaml.YAMLError, ConfigError):
+        return with_loader(name)
     return None
 
 

@@ -142,8 +142,16 @@ def _loader(base: Any) -> Any:
     return loader
 
 
-FAST = _loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml takes a tenth of the time
-CLEAR = _loader(yaml.SafeLoader)  # its messages say more
+_FAST = _loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # libyaml takes a tenth of the time
+_CLEAR = _loader(yaml.SafeLoader)  # its messages say more
+
+
+def with_loader(work: Callable[[Any], Result]) -> Result:
+    """Return the result of `work` with the loader of recipes, which is its argument."""
+    try:
+        return work(_FAST)
+    except yaml.YAMLError:
+        return work(_CLEAR)
 
 
 def contents(text: str, what: str, *, check_keys: bool = True) -> tuple[Any, Lines]:
@@ -157,10 +165,7 @@ def contents(text: str, what: str, *, check_keys: bool = True) -> tuple[Any, Lin
         ConfigError: the text is not YAML, has a key twice, refers to something outside it, or is too deep or too large.
     """
     try:
-        try:
-            return _read(FAST, text, what, check_keys)
-        except yaml.YAMLError:
-            return _read(CLEAR, text, what, check_keys)
+        return with_loader(lambda loader: _read(loader, text, what, check_keys))
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with thousands of digits

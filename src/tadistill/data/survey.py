@@ -24,7 +24,7 @@ from tadistill import __version__
 from tadistill.config import Data, DataRef, Recipe
 from tadistill.config.data import World
 from tadistill.config.recipe import methods
-from tadistill.data import datasets, prompts, tinyworld
+from tadistill.data import answers, chat_jinja, datasets, fictional_world, prompts, tinyworld
 from tadistill.data import rows as reading
 from tadistill.data.datasets import SplitRows, json_rows, right
 from tadistill.data.rows import Example, Form, beyond_ascii, form_of, no_column, place, text, where_of
@@ -226,7 +226,8 @@ def key_of_rows(rows: SplitRows, content: str, *code: Any) -> str:
     the rows. `content` is the digest of the rows."""
     ref, scored = rows.ref, rows.role != "train"  # a row with which answers are compared must have a text
     settings = {"columns": ref.columns, "choices": ref.choices, "instruction": ref.instruction, "extra": ref.extra, "scored": scored}
-    return key_of([__version__, content, settings, rows.limit, *(sha256(Path(str(module.__file__))) for module in (reading, *code))])
+    own = datasets, reading, answers, chat_jinja, tinyworld, fictional_world
+    return key_of([__version__, content, settings, rows.limit, *(sha256(Path(str(module.__file__))) for module in (*own, *code))])
 
 
 def _stored(rows: SplitRows, file: Path) -> Survey:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tadistill.data import chat, chat_jinja, encoding, encoding_rules, prompts, turns
+from tadistill.data import chat, encoding, encoding_rules, prompts, turns
 from tadistill.data.datasets import SplitRows
 from tadistill.data.encoding import Encoded, encode_parts
 from tadistill.data.encoding_rules import Counts, Rules
@@ -167,7 +167,7 @@ def _key(rows: SplitRows, content: str | None, tokenizer: "PreTrainedTokenizerBa
     if content is None or tokens is None:
         return None
     settings = asdict(rules) | {"context": rules.context.model_dump() if rules.context else None}
-    code = encoding, encoding_rules, turns, prompts, chat, chat_jinja
+    code = encoding, encoding_rules, turns, prompts, chat
     return key_of([key_of_rows(rows, content, *code), tokens, settings])
 
 

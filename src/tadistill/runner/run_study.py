@@ -14,6 +14,9 @@ from typing import Any
 import yaml
 
 from tadistill.config import ModelConfig, Recipe
+from tadistill.config.common import Strict
+from tadistill.config.data import TestSets
+from tadistill.config.load import read_settings
 from tadistill.config.recipe_files import placed
 from tadistill.data.tinyworld import TOKENIZERS, check_name
 from tadistill.disk import write_json
@@ -271,6 +274,10 @@ def _phases(arm: PlannedArm) -> list[dict[str, Any]]:
 # --- evaluation of models as they are -----------------------------------------------------------------------------------
 
 
+class _On(Strict):
+    on: TestSets
+
+
 def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teacher: str | None = None, tasks: Seq[str] = ()) -> str:
     """Return the YAML of a study that trains nothing and evaluates models as they are. Each model is a separate arm.
 
@@ -282,10 +289,11 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
         teacher: the KL divergence of each model from this teacher is measured. Models and teacher must have the same tokenizer.
 
     Raises:
-        ConfigError: there is no test set, or a model is given twice.
+        ConfigError: there is no test set, a model is given twice, or two test sets have one name.
     """
     if not on and not tasks:
         raise ConfigError(f"--on names no test set; give at least one, for instance --on {','.join(SUITE[:2])}")
+    read_settings(_On, {"on": list(on)}, (), source="test sets")
     places = [*map(_place, models)]
     if len(set(places)) < len(places):
         raise ConfigError(f"a model is given twice in {', '.join(models)}; give each model once")

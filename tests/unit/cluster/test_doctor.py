@@ -170,6 +170,18 @@ def test_fetched(tmp_path, monkeypatch):
     assert doctor.fetched(recipe, tmp_path, None).found == "it moved"
 
 
+def test_a_local_file_that_is_missing_or_cannot_be_read_is_no_fetched_model(tmp_path, monkeypatch):
+    """Local files were not looked at: everything was on this disk."""
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    recipe = parse(text, ["models.xl={load: tiny.gguf, config: {}}"], source="recipe", folder=tmp_path)
+    found = doctor.fetched(recipe, tmp_path, None)
+    assert (found.state, "tiny.gguf` does not exist" in found.found) == ("problem", True)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr("tadistill.models.model_files.version", lambda name: "5.22.2")
+    found = doctor.fetched(recipe, tmp_path, None)
+    assert (found.state, "needs transformers 5.23 or newer, because version 5.22.2" in found.found) == ("problem", True)
+
+
 def test_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TADISTILL_CACHE", str(tmp_path))
     found = examine(runs=tmp_path / "runs", profile=slurm.load_profile("narval"))

