@@ -35,8 +35,7 @@ def recipes_folder() -> Path:
 
 @functools.cache
 def shipped() -> dict[str, Path]:
-    """Return the recipes of the package, as a mapping from name to file. A name is the file's path in the recipes' folder, without
-    `.yaml`."""
+    """Return the files of the package's recipes by name. A name is the file's path in the recipes' folder, without `.yaml`."""
     folder = recipes_folder()
     paths = sorted(folder.rglob("*.yaml"), key=lambda path: (len(path.parts), path))
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
@@ -263,8 +262,7 @@ def check_nesting(text: str, what: str, loader: Any) -> None:
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
-    """Return the recipe with its relative paths resolved. A path is tried beside the recipe's file, then in the working directory. The
-    result means the same files after a change of the working directory."""
+    """Return the recipe with its relative paths resolved, beside the recipe's file or else in the present working directory."""
     models, written = {}, dict[str, str]()
     for name, model in recipe.models.items():
         found = {key: _beside(folder, load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load}
@@ -287,17 +285,17 @@ def _beside(folder: Path, load: str) -> str | None:
         if load.startswith("scratch:") or "://" in load or path.is_absolute():
             return None
         named = load.startswith(".") or load.endswith(".gguf")  # no hub id has such a name
-        paths = [folder / path, Path.cwd() / path]
-        found = [each for each in paths if each.is_file() or (each.is_dir() and any(each.glob("*.json"))) or (named and each.exists())]
-        return os.path.normpath([*found, *paths][0]) if found or named else None
+        both = folder / path, Path.cwd() / path
+        found = [each for each in both if each.is_file() or (each.is_dir() and any(each.glob("*.json"))) or (named and each.exists())]
+        return os.path.normpath([*found, *both][0]) if found or named else None
     except (OSError, RuntimeError, ValueError):  # a path that cannot exist; the check of the model reports it
         return None
 
 
 def _folder_beside(folder: Path, root: str) -> str:
     try:
-        paths = [] if Path(root).expanduser().is_absolute() else [folder / root, Path.cwd() / root]
-        return str(next((path for path in paths if path.is_dir()), root))
+        both = () if Path(root).expanduser().is_absolute() else (folder / root, Path.cwd() / root)
+        return str(next((path for path in both if path.is_dir()), root))
     except (OSError, RuntimeError, ValueError):
         return root
 

@@ -30,11 +30,10 @@ from tadistill.objectives.targets import (
     Target,
     TargetMixture,
     TeacherTerm,
-    check_finite,
     check_head,
+    check_numbers,
     check_same_tokens,
     check_target,
-    per_token,
     select,
     width_of,
 )
@@ -92,19 +91,8 @@ def fused_divergence(
     hidden, teachers = student_hidden[counted], [select(t, counted) for t in targets]
     total, found = fused_terms([term], hidden, student_head, weights[counted].unsqueeze(0), teachers=teachers, vocab=vocab)
     if bool(found.isnan().any()):
-        _explain(found, hidden, student_head, teachers)
+        check_numbers(found, hidden, student_head, teachers)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
-
-
-def _explain(found: Tensor, hidden: Tensor, head: Head, teachers: Sequence[Target]) -> None:
-    """Raise a ConfigError that says why the values `found` contain NaN."""
-    checks.states("student_hidden", hidden)
-    check_finite(head, "`student_head`")
-    for target in teachers:
-        if isinstance(target, Hidden):
-            checks.states("teacher", target.states)
-            check_finite(target.head, "the teacher's head")
-    checks.result(found, student_hidden=hidden, teacher=torch.cat([per_token(target).flatten() for target in teachers]))
 
 
 def fused_terms(

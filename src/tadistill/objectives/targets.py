@@ -278,8 +278,18 @@ class TeacherTerm:
         return student, mixed, self.temperature
 
 
-def check_finite(head: Head, name: str) -> None:
-    """Raise a ConfigError if a weight of the head is NaN or infinite, or a bias is NaN or +inf. The message names the first such row."""
+def check_numbers(found: Tensor, hidden: Tensor, head: Head, teachers: Sequence[Target]) -> None:
+    """Raise a ConfigError if the values `found` contain NaN. It says why: what is not finite in the student or in a teacher."""
+    checks.states("student_hidden", hidden)
+    _check_finite(head, "`student_head`")
+    for target in teachers:
+        if isinstance(target, Hidden):
+            checks.states("teacher", target.states)
+            _check_finite(target.head, "the teacher's head")
+    checks.result(found, student_hidden=hidden, teacher=torch.cat([per_token(target).flatten() for target in teachers]))
+
+
+def _check_finite(head: Head, name: str) -> None:
     wrong = ~head.weight.isfinite().all(dim=1)
     if head.bias is not None:
         wrong |= head.bias.isnan() | head.bias.isposinf()
