@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER, _DATE = "an answer 7919", "a date 7919"  # texts that no template contains
-_MARK = re.compile(r"\b(text|call|tool)_(\d+)_(\d+)_7919\b")  # in place of a message's text, or the name of a call or a tool
+_MARK = re.compile(r"\b(text|thinking|call|tool)_(\d+)_(\d+)_7919\b")  # in place of a text, or the name of a call or a tool
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # a tag that transformers adds to Jinja; it marks what the model wrote
 _START, _END = "\ufdd0", "\ufdd1"  # around a marked part; Unicode noncharacters, which no text contains
 THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -247,8 +247,9 @@ def _check_parts(
             what = f"the tool `{called([tools[number]])[0]}`"
             fix = "use a tokenizer whose template writes tools, or remove `tools` from `columns` of the data set"
         elif names:
-            text = "the text" if str(without_thinking(messages[turn]).get("content") or "").strip() else "the thinking"
-            raise missing(f"the call of `{names[number]}`" if kind == "call" else text, turn, where)
+            tags_alone = kind == "text" and not str(without_thinking(messages[turn]).get("content") or "").strip()
+            part = f"the call of `{names[number]}`" if kind == "call" else f"the {'thinking' if tags_alone else kind}"
+            raise missing(part, turn, where)
         raise DataError(f"{where}: the tokenizer's chat template leaves out {what}; {fix}")
 
 
@@ -257,7 +258,8 @@ def _with_marks(messages: Seq[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found, ids = list[dict[str, Any]](), dict[str, str]()
     for turn, message in enumerate(messages):
         calls = message.get("tool_calls") or ()
-        changed: dict[str, Any] = {name: "a thought" for name in THINKING if message.get(name)}
+        thought = f"thinking_{turn}_0_7919" if calls else "a thought"  # beside a call it is no thinking of an earlier answer
+        changed: dict[str, Any] = {name: thought for name in THINKING if message.get(name)}
         if str(message.get("content") or "").strip() or not calls:  # some templates write calls only if there is no text
             changed["content"] = f"text_{turn}_0_7919"
         if calls:
@@ -302,7 +304,7 @@ def _left_out(template: str, given: str) -> list[tuple[str, int, int]]:
         if kind == "call":  # Kimi K2 Thinking's writes the id alone; without the arguments, the id is that of a tool's answer
             arguments = f"given_{turn}_{number}_7919"
             written |= _id(turn, number) in text and (arguments in text or arguments not in source)
-        elif kind == "text" and messages[turn].get("tool_calls"):  # gpt-oss's drops it like thinking, as soon as an answer follows
+        elif kind != "tool" and messages[turn].get("tool_calls"):  # gpt-oss's drops both like thinking, as soon as an answer follows
             written = written or mark[0] in (attempted(template, messages[: turn + 1], variables, tools) or "").lower()
         found += [] if written else [(kind, turn, number)]
     return found

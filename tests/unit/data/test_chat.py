@@ -126,7 +126,7 @@ def test_the_id_in_the_answer_of_a_tool_is_not_the_call(rule):
 
 
 def test_rows_of_one_shape_are_checked_once(monkeypatch):
-    tokenizer, run = byte_tokenizer("{# once #}" + BY_ID), []
+    tokenizer, run = byte_tokenizer(BY_ID.replace("{% for c", "{{ m.reasoning_content }}{% for c")), []
     monkeypatch.setattr(chat, "attempted", lambda *given, real=chat.attempted, **more: run.append(given) or real(*given, **more))
     chat.render(called(), tokenizer, "row 0")
     first = len(run)

@@ -275,6 +275,23 @@ def test_a_template_may_write_the_answers_of_tools_behind_their_call():
     assert learnt(talk, LATER, family=CHATML, turns="last") == [by_hand(tokenizer, *whole)]
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "thinking", "reasoning"])
+def test_the_thinking_beside_an_earlier_call_is_not_left_out_without_a_word(field):
+    """As by the templates of Llama 3.1 and 3.2, which know no thinking. In tags, it was refused."""
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [CALL], field: "Maps."}, *LOOKED_UP[2:]]
+    for turns in ("answer", "last"):
+        words = r"leaves out the thinking of turn 2 of `messages`; .*set data.thinking: drop"
+        with pytest.raises(DataError, match=words):
+            learnt(talk, LATER, family=CHATML, turns=turns)
+        learnt(talk, LATER, family=CHATML, turns=turns, thinking="drop")
+    written = f"{{{{ m.{field} }}}}"
+    knows = LATER.replace("{% if m.tool_calls %}", "{% if m.tool_calls %}" + written + " ")
+    whole = f"<|im_start|>user\nWhere is Oslo?{IM}assistant\nMaps. weather: -3{IM}assistant\n", "Yes, it is.<|im_end|>"
+    assert learnt(talk, knows, family=CHATML, turns="answer") == [by_hand(chat_tokenizer(knows, CHATML), *whole)]
+    once = knows.replace(written, "{% if loop.last or messages[-1].role == 'tool' %}" + written + "{% endif %}")
+    learnt([*talk, *TALK[:2]], once, family=CHATML, turns="answer")  # dropped once another answer follows, as by that of Qwen 3
+
+
 @pytest.mark.parametrize(("said", "thinking"), [("\n\n", "keep"), (" ", "mask"), ("<think>Maps.</think>\n\n", "drop")])
 def test_white_space_beside_a_call_is_no_text(said, thinking):
     talk = [TALK[0], {"role": "assistant", "content": said, "tool_calls": [CALL]}, *LOOKED_UP[2:]]
