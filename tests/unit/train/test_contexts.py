@@ -59,20 +59,24 @@ def update(case: str, rows: list[Encoded], step: int = 1, *, packed: bool = Fals
     student, teacher = tiny_model("llama"), tiny_model("llama", seed=5).requires_grad_(False)
     for model in (student, teacher) if packed else ():
         pack_rows(model)
-    method = method_of(case)
-    common = {"pad": 0, "seed": 3}
+    made, batches = sampled(method_of(case), student, (teacher,), references(rows), rows, step)
+    return made, student, teacher, batches
+
+
+def sampled(method: Method, student, teachers, texts: list[Sequence], rows: list[Encoded], step: int, **sets):
+    """Return the step of a method, and the batches of one update. A sampler with a buffer has filled it in earlier updates."""
+    common = {"pad": 0, "seed": 3} | sets
     if method.sampler.on_policy:
         engine = Native(student, Decoding(max_new_tokens=NEW), eos=(0,), vocab=VOCAB)
-        sampler = on_policy(method, references(rows), rows, teachers=(teacher,), vocab=VOCAB, engine=engine, **common)
+        sampler = on_policy(method, texts, rows, teachers=teachers, vocab=VOCAB, engine=engine, **common)
     else:
-        sampler = FixedSequences(references(rows), method.optim, **common)
+        sampler = FixedSequences(texts, method.optim, **common)
     if hasattr(sampler, "phi"):
-        sampler.phi = 1.0
-        sampler.mark = 1.0
-    made = make_step(method, student, (teacher,), VOCAB)
-    for earlier in range(step):  # fills the buffer
+        sampler.phi = sampler.mark = 1.0
+    made = make_step(method, student, teachers, VOCAB)
+    for earlier in range(step):
         sampler.micro_batches(earlier)
-    return made, student, teacher, made.prepare(sampler.micro_batches(step), step, lambda values: values)
+    return made, made.prepare(sampler.micro_batches(step), step, lambda values: values)
 
 
 def losses(made, student, batches) -> tuple[float, torch.Tensor]:

@@ -5,23 +5,20 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.conftest import tiny_model
-from tests.unit.train.test_contexts import alone, check_reverse_kl, losses, rows_of
+from tests.unit.train.test_contexts import NEW, VOCAB, alone, check_reverse_kl, losses, rows_of, sampled
 
-from tadistill.config.common import Decoding
 from tadistill.config.method import Method
 from tadistill.config.sampling import HiddenSignal
 from tadistill.data.batch import Sequence, references
 from tadistill.data.encoding import Encoded
 from tadistill.data.training_sets import TrainingSets
 from tadistill.models.forward import pack_rows
-from tadistill.rollout.engine import Native
 from tadistill.rollout.recorded_signals import Signals, of_teacher, record
-from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, pack, unpack
 from tadistill.train.monitoring import watch
 from tadistill.train.step import make_step
 
-VOCAB, NEW, SIZES = 31, 5, (6, 4, 5)
+SIZES = (6, 4, 5)
 SETS = TrainingSets(SIZES, (0.4, 0.25, 0.35), (1, 0, 1))
 PROMPTS = [(5 + number, 9 + i, *(12,) * (i % 3)) for number, size in enumerate(SIZES) for i in range(size)]
 ROWS = [Encoded(i, prompt, (14 + i % 5, *(20,) * (i % 4), 0)) for i, prompt in enumerate(PROMPTS)]
@@ -61,18 +58,8 @@ def texts() -> list[Sequence]:
 def update(case: str, *, packed: bool = False, step: int = 1):
     """Return the step of a method, its models, and the batches of one update."""
     student, teachers = models(packed=packed)
-    method, common = method_of(case), {"pad": 0, "seed": 3, "sets": SETS}
-    if method.sampler.on_policy:
-        engine = Native(student, Decoding(max_new_tokens=NEW), eos=(0,), vocab=VOCAB)
-        sampler = on_policy(method, texts(), ROWS, teachers=teachers, vocab=VOCAB, engine=engine, **common)
-    else:
-        sampler = FixedSequences(texts(), method.optim, **common)
-    if hasattr(sampler, "phi"):
-        sampler.phi = sampler.mark = 1.0
-    made = make_step(method, student, teachers, VOCAB)
-    for earlier in range(step):
-        sampler.micro_batches(earlier)
-    return made, student, teachers, made.prepare(sampler.micro_batches(step), step, lambda values: values)
+    made, batches = sampled(method_of(case), student, teachers, texts(), ROWS, step, sets=SETS)
+    return made, student, teachers, batches
 
 
 def number_of(prompt: tuple[int, ...]) -> int:
