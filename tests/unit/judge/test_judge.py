@@ -250,6 +250,12 @@ class Memory(dict):
     put = dict.__setitem__
 
 
+def remembered(reply: str, questions) -> Memory:
+    """Return the memory of an earlier run that got this reply to each of these questions."""
+    settings = Judge(model="j", base_url="http://j")
+    return Memory({question_key(settings, text): Reply(reply, 1, 1) for text in questions})
+
+
 def ask_about(sizes, refused, *, jobs=1, memory=None, questions=2, seconds=0.0, reply="8 5"):
     """Ask about sets of prompts, and return the verdicts, what was sent, and the number of complete prompts.
 
@@ -363,8 +369,7 @@ def test_an_endpoint_that_refuses_everything_is_asked_few_questions(prompts, req
 
 def test_the_number_of_arms_does_not_change_how_often_an_endpoint_that_refuses_everything_is_asked():
     """It was asked all questions about 50 prompts of a set, and all questions about smaller sets."""
-    settings = Judge(model="j", base_url="http://j")
-    memory = Memory({question_key(settings, "a 0 0"): Reply("8 5", 1, 1)})
+    memory = remembered("8 5", ["a 0 0"])
     _, sent, _ = ask_about({"a": 100, "b": 20}, lambda name, index, number: True, memory=memory, questions=24)
     assert len(sent) <= 2 * 200 + 20
 
@@ -391,8 +396,7 @@ def test_an_endpoint_that_begins_to_refuse_everything_leaves_complete_prompts(pr
 
 def test_an_endpoint_that_answered_an_earlier_run_and_refuses_everything_now_is_asked_few_questions():
     """It was asked all 1,100 other questions, because a question that it had answered was known only after an answer of this run."""
-    settings = Judge(model="j", base_url="http://j")
-    memory = Memory({question_key(settings, f"d {i} 0"): Reply("8 5", 1, 1) for i in range(100)})
+    memory = remembered("8 5", (f"d {i} 0" for i in range(100)))
     found, sent, _ = ask_about({"d": 100}, lambda name, index, number: True, memory=memory, questions=12)
     assert (len(found.scores), len(found.refused), len(sent)) == (100, 200, 201)
     assert {*found.unasked.values()} == {"the endpoint refuses everything, also a question that it had answered"}
@@ -419,15 +423,13 @@ def test_arms_that_are_refused_in_a_row_are_asked_if_another_question_is_still_a
 
 
 def test_reminders_of_an_earlier_run_that_are_refused_close_a_set():
-    settings = Judge(model="j", base_url="http://j")
-    memory = Memory({question_key(settings, f"d {i} {n}"): Reply("Lovely.", 1, 1) for i in range(200) for n in range(24)})
+    memory = remembered("Lovely.", (f"d {i} {n}" for i in range(200) for n in range(24)))
     _, sent, _ = ask_about({"d": 200}, lambda name, index, number: True, memory=memory, questions=24)
     assert len(sent) == 200
 
 
 def test_an_endpoint_that_begins_to_refuse_everything_is_asked_no_more():
-    settings = Judge(model="j", base_url="http://j")
-    memory = Memory({question_key(settings, f"{name} {i} 0"): Reply("8 5", 1, 1) for name, i in (("a", 0), ("a", 1), ("b", 0))})
+    memory = remembered("8 5", ["a 0 0", "a 1 0", "b 0 0"])
     found, sent, _ = ask_about({"a": 900, "b": 900}, lambda name, index, number: True, memory=memory)
     assert len(sent) <= 2 * (200 + 3)
     assert (len(found.scores), len(found.refused) + len(found.unasked)) == (3, 3600 - 3)
