@@ -149,15 +149,14 @@ def with_methods(raw: dict[str, Any]) -> dict[str, Any]:
     found = raw | {"methods": {name: names.phased(entry, f"methods.{name}") for name, entry in names.own.items()}}
     names.own = found["methods"]
     if "method" in raw:
-        found["method"] = names.named(raw["method"], "method", "method.name", "name")
+        found["method"] = names.named(raw["method"], "method", "name")
     if isinstance(arms := raw.get("arms"), dict):
-        found["arms"] = {name: names.named(arm, f"arms.{name}", f"arms.{name}.method", "method") for name, arm in arms.items()}
+        found["arms"] = {name: names.named(arm, f"arms.{name}", "method") for name, arm in arms.items()}
     if isinstance(models := raw.get("models"), dict):
         found["models"] = {**models}
         for name, model in models.items():
             if isinstance(model, dict) and "distill" in model:
-                at = f"models.{name}.distill"
-                found["models"][name] = model | {"distill": names.named(model["distill"], at, f"{at}.name", "name")}
+                found["models"][name] = model | {"distill": names.named(model["distill"], f"models.{name}.distill", "name")}
     if names.wrong:
         raise ValueError("\n".join(names.wrong))
     return found
@@ -168,16 +167,15 @@ class _Names:
         self.own = own
         self.wrong = [*_refused(own)]
 
-    def named(self, given: Any, at: str, key: str, name: str) -> Any:
+    def named(self, given: Any, at: str, name: str) -> Any:
         """Return a method or an arm in which the name of one of the recipe's own methods is replaced by the keys of this method.
 
         Args:
             at: the place of `given` in the recipe, such as `arms.a`.
-            key: the place of the name, such as `arms.a.method`, for error messages.
             name: the key of `given` that contains the name.
         """
         value = {"name": given} if isinstance(given, str) and name == "name" else given
-        return self._filled(self.phased(value, at), key, name, phased=True)
+        return self._filled(self.phased(value, at), f"{at}.{name}", name, phased=True)
 
     def phased(self, value: Any, at: str) -> Any:
         if not isinstance(value, dict) or not isinstance(value.get("phases"), list):
