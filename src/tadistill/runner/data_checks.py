@@ -238,25 +238,27 @@ def rows_notes(read: Mapping[str, Read]) -> list[str]:
     Raises:
         DataError: no row of a test set is short enough for all models.
     """
-    found: list[str] = []
-    for each in next(iter(read.values())).contexts:
+    found, first = list[str](), next(iter(read.values()))
+    for each in first.contexts:
         if each.counts.of_contexts:
             who = " and ".join(sorted(each.teachers))
             found.append(f"training with the context of {who}: of {counted(each.counts.rows, 'row')}, {each.counts.of_contexts}")
-    for role, name in next(iter(read.values())).counts:
+    for role, name in first.counts:
         counts = {model: of_model.counts[role, name] for model, of_model in read.items() if (role, name) in of_model.counts}
         for texts in ({m: c.text for m, c in counts.items()}, {m: c.unknown_text for m, c in counts.items()}):
             alike = len(set(texts.values())) == 1
             for model, text in list(texts.items())[: 1 if alike else None]:
                 if text:
                     found.append(f"{name} ({role}{'' if alike else f', {model}'}): {text}")
-        shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values())) if role == "test" else frozenset({0})
+        if role != "test":
+            continue
+        shared = frozenset.intersection(*(of_model.rows[name] for of_model in read.values()))
         if not shared:
             raise DataError(
                 f"no row of data set `{name}` ({role}) is short enough for all of the models {', '.join(read)}, so they cannot be "
                 "compared; raise data.max_prompt"
             )
-        if role == "test" and any(of_model.rows[name] != shared for of_model in read.values()):
+        if any(of_model.rows[name] != shared for of_model in read.values()):
             found.append(
                 f"{name} ({role}): the models are compared on the {counted(len(shared), 'row that is', 'rows that are')} short enough for "
                 "all of them"
