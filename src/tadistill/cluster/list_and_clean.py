@@ -109,7 +109,7 @@ def _row(study: Path, store: Store, queue: Queue) -> StudyRow | None:
         states.append("waiting")  # a path is chosen only at the end
     state = study_state(states, runs)
     shown = state if known or state == "running" else "not known (squeue does not answer)"
-    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, f"{'search ' * search}{shown}")
+    return StudyRow(study.name, created, len(updates), len(updates) - len(left), used, f"search {shown}" if search else shown)
 
 
 def _began(study: Path) -> str:

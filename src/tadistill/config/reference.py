@@ -246,7 +246,10 @@ def _kind(annotation: Any) -> str:
         return f"list of {len(inside)} {kind}" if len(inside) > 1 and inside[-1] is not Ellipsis else f"list of {kind}"
     if origin is dict:
         return f"{_kind(inside[1])} by name"
-    return _PLAIN.get(annotation) or "text or " * bool(annotation.text_sets) + "list or " * bool(annotation.list_sets) + "keys"
+    if annotation in _PLAIN:
+        return _PLAIN[annotation]
+    short = [form for form, key in (("text", annotation.text_sets), ("list", annotation.list_sets)) if key]
+    return " or ".join([*short, "keys"])
 
 
 def _choices(field: FieldInfo) -> tuple[str, ...]:

@@ -176,8 +176,8 @@ def _first(role: str, counts: Counts) -> str:
 def seen_notes(plan: Plan) -> Iterator[str]:
     """Yield a sentence for each test set with prompts that are also in a training set, or in a dev set that chooses checkpoints. Sets that
     are not on this disk are left out."""
-    chosen = any(spec.dev for _, spec in trainings(plan))
-    for role in ["train"] * trains(plan.recipe) + ["dev"] * chosen:
+    uses = {"train": trains(plan.recipe), "dev": any(spec.dev for _, spec in trainings(plan))}
+    for role in (role for role, used in uses.items() if used):
         found: dict[str, str] = {}
         with suppress(TadistillError):
             found = seen_prompts(plan.recipe.data, role)

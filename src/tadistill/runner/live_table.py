@@ -24,7 +24,7 @@ from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan
 from tadistill.plan.throughput import spoken
 from tadistill.runner.local import LocalRun, StageProgress
-from tadistill.text import counted
+from tadistill.text import counted, form
 
 SHARED = "shared by arms"
 """Name of the group of stages that several arms need."""
@@ -180,7 +180,8 @@ class _View:
         done = [key for key in keys if key not in self.board.waiting and key not in (*running, *failed)]
         left = {stages[key].seed for key in keys if key not in done}
         seeds = [str(seed) for seed in dict.fromkeys(stages[key].seed for key in done) if seed not in left]
-        parts = [f"{len(done)} of {counted(len(keys), 'stage')}", f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)} done" if seeds else ""]
+        finished = f"{form(len(seeds), 'seed', 'seeds')} {', '.join(seeds)} done" if seeds else ""
+        parts = [f"{len(done)} of {counted(len(keys), 'stage')}", finished]
         blocked = sum(key in self.blocked for key in keys)
         parts += [f"{len(failed)} failed" if failed else "", f"{blocked} cannot run" if blocked else ""]
         mark, style = (self._mark("✗", "!"), "red") if failed else (self._mark("●", ">"), "cyan")
@@ -229,7 +230,7 @@ class _View:
     def bottom(self) -> Text:
         run, waiting = self.run, len(self.board.waiting) - len(self.blocked)
         left = f", about {spoken(run.left)} left" if run.left is not None else ""
-        waits = [f"{waiting} wait"] * bool(waiting) + [f"{len(self.blocked)} cannot run"] * bool(self.blocked)
+        waits = [f"{count} {what}" for count, what in ((waiting, "wait"), (len(self.blocked), "cannot run")) if count]
         bar = self._bar(run.done / max(run.total, 1), 10)
         parts = [
             (0, Text.assemble((f"{run.done}/{counted(run.total, 'stage')}", "bold"), *([" ", bar] if self.width >= 40 else []))),

@@ -102,7 +102,7 @@ class Screen:
             self._print(f"[cyan]continues[/] {escape(label)} {where}")
         if self.detailed:
             self._print(f"[dim]started[/] {escape(label)} [dim]({key}, {escape(str(self.store.folder(key)))})[/]")
-        self.journal.log(f"{'continues' if where else 'started'}: {label} ({key}){' ' * bool(where)}{where}")
+        self.journal.log(f"continues: {label} ({key}) {where}" if where else f"started: {label} ({key})")
         self.journal.save()
 
     def show(self, key: str, message: Message) -> None:
