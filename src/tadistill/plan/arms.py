@@ -134,10 +134,9 @@ class _Planner:
         while waiting:
             todo = len(waiting)
             for name, arm in list(waiting.items()):
-                missing = [key for key, other in arm.budgets.items() if other in absent]
+                missing = next((key for key, other in arm.budgets.items() if other in absent), None)
                 if missing:
-                    left_out = arm.budgets[missing[0]]
-                    absent[name] = f"`{missing[0]}: {getattr(arm, missing[0])}` needs arm {left_out}, which is left out too"
+                    absent[name] = f"`{missing}: {getattr(arm, missing)}` needs arm {arm.budgets[missing]}, which is left out too"
                 elif all(other in done for other in arm.budgets.values()):
                     try:
                         done[name] = self._arm(name, arm, done)
