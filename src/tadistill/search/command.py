@@ -160,22 +160,21 @@ def path_flops(recipe: Recipe, search: Search) -> dict[ModelPath, float | None]:
 
 def affordable(search: Search, flops: Mapping[ModelPath, float | None]) -> Lattice:
     """Return the paths within the budget of the search. Raises ConfigError if there is none, or if a cost is unknown."""
-    direct = flops[search.teacher, search.student]
-    costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
     if search.budget is None:
         return _lattice(search)
+    direct = flops[search.teacher, search.student]
+    costs = {path: cost / direct for path, cost in flops.items() if cost is not None and direct}
     if len(costs) < len(flops):
         raise ConfigError(
             f"search.budget is {search.budget:g}, but the cost of a path cannot be computed, because the size of a model is unknown; use "
             f"only models of the families {', '.join(COUNTED)}, or remove `search.budget`"
         )
-    budget = search.budget
-    lattice = _lattice(search, cost=costs.__getitem__, budget=budget)
+    lattice = _lattice(search, cost=costs.__getitem__, budget=search.budget)
     if not lattice.paths or (search.strategy == "single" and all(len(path) > 3 for path in lattice.paths)):
         cheapest = min(costs, key=costs.__getitem__)
         raise ConfigError(
-            f"search.budget is {budget:g} × the FLOPs of the direct path, but the cheapest allowed path, {path_text(cheapest)}, costs "
-            f"{costs[cheapest]:.2f} × these FLOPs; raise `search.budget`"
+            f"search.budget is {search.budget:g} × the FLOPs of the direct path, but the cheapest allowed path, {path_text(cheapest)}, "
+            f"costs {costs[cheapest]:.2f} × these FLOPs; raise `search.budget`"
         )
     return lattice
 
