@@ -30,8 +30,8 @@ _STORE = "store"
 _FOLDERS = ("earlier", "judge", "local")  # a study's folders with JSON files
 _TRACKERS = get_args(Tracker)  # folders of other programs, in studies or beside them
 _Place = Literal["runs", "study", "beside", "link"]
-"""Place of a folder: where studies stand, in a study, beside a study behind a link, or elsewhere behind a link or in a folder of a tracker.
-The link is one in a study: where studies stand, a folder behind a link has the place that it would have without the link."""
+"""The place of a folder. `runs`: where studies stand. `study`: in a study. `link`: behind a link in a study, or in a folder of a tracker.
+`beside`: as `link`, but studies stand there too. Where studies stand, a link is read like a folder."""
 _BEHIND = ("beside", "link")
 _LEVELS = 2  # behind a link, studies are looked for in its folder and in the folders there
 _KEY = re.compile("[0-9a-f]{16}")
