@@ -129,3 +129,8 @@ def given_resources(resources: Mapping[str, Resources], kind: str, model: str) -
     """Return the settings in these entries, without default values."""
     entries = [resources[name] for name in entries_of(resources, kind, model)]
     return {field: getattr(entry, field) for entry in entries for field in entry.model_fields_set}
+
+
+def processes_of(resources: Mapping[str, Resources], kind: str, model: str) -> int:
+    """Return the number of processes of these stages."""
+    return given_resources(resources, kind, model).get("processes", Resources.model_fields["processes"].default)

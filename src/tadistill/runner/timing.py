@@ -19,7 +19,7 @@ from statistics import median_low
 from typing import Any
 
 from tadistill.config import Recipe
-from tadistill.config.machine import given_resources
+from tadistill.config.machine import processes_of
 from tadistill.config.sampling import OnPolicy, Rounds
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
 from tadistill.data import datasets
@@ -157,7 +157,7 @@ def _workload(stage: Stage, sizes: _Sizes) -> Workload:
 
 def _training(stage: Stage, spec: TrainingSpec, sizes: _Sizes) -> Workload:
     method, optim, name = spec.method, spec.optim, stage.model
-    processes = given_resources(sizes.recipe.resources, stage.kind, name).get("processes", 1)  # they make their passes at the same time
+    processes = processes_of(sizes.recipe.resources, stage.kind, name)  # they make their passes at the same time
     steps, batch = optim.steps or 1, optim.batch / processes
     micro = min(optim.micro_batch or batch, batch)
     if optim.tokens and stage.cost and (read := stage.cost.parts.get("training/student")):

@@ -12,7 +12,7 @@ from functools import cached_property
 from tadistill.config import Method
 from tadistill.config import sampling as samplers
 from tadistill.config.common import DTYPES, Decoding, Divergence
-from tadistill.config.machine import given_resources
+from tadistill.config.machine import processes_of
 from tadistill.config.method_parts import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
@@ -37,7 +37,7 @@ class Ledger(SizesAndLengths):
         student = self.described(name)
         if student is None:
             return None
-        cost = TrainingCost(student, (), optim, adapters=self.adapters(name), processes=self._processes("sft", name))
+        cost = TrainingCost(student, (), optim, adapters=self.adapters(name), processes=processes_of(self.recipe.resources, "sft", name))
         cost.train(self.fixed)
         self._selection(cost, select)
         return cost.total()
@@ -122,7 +122,8 @@ class Ledger(SizesAndLengths):
         drop, adapters = method.dense.drop if method.dense else 0.0, self.adapters(name)
         if method.ema is not None:
             above = (replace(student, size=with_adapters(student.size, adapters)),)
-        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=adapters, processes=self._processes("distill", name))
+        processes = processes_of(self.recipe.resources, "distill", name)
+        cost = TrainingCost(student, above, method.optim, drop=drop, adapters=adapters, processes=processes)
         cost.memory.average = method.ema is not None
         sampler, objective = method.sampler, method.objective
         cost.dropout = not sampler.on_policy
@@ -137,9 +138,6 @@ class Ledger(SizesAndLengths):
             cost.memory.sampling(*(sampling_bytes(model, rows, longest, sampler.max_new_tokens) for model in drawing))
         self._selection(cost, method.select, extra=sampler.follows_dev)
         return cost.total(method, self._published(cost, objective, sampler, name) if isinstance(objective, MiniLLM) else None)
-
-    def _processes(self, kind: str, name: str) -> int:
-        return given_resources(self.recipe.resources, kind, name).get("processes", 1)
 
     def _answers(self, name: str, decoding: Decoding) -> Texts:
         return self._text_of(name, decoding.max_new_tokens)
