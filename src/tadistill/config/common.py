@@ -214,6 +214,11 @@ class ObjectiveBase(Strict):
         return False
 
     @property
+    def compares_on_corpus(self) -> bool:
+        """True if this part of the loss compares the student with the teacher."""
+        return False
+
+    @property
     def imitates_text(self) -> bool:
         """True if cross-entropy on the training text is a part of the loss."""
         return False

@@ -283,7 +283,7 @@ def over_spans(method: Method) -> Method:
         )
     if not isinstance(objective, MiniLLM):
         return method
-    if objective.needs_corpus and objective.pt_kd_ratio > 0:
+    if objective.compares_on_corpus:
         raise ConfigError(
             f"objective.pt_kd_ratio {objective.pt_kd_ratio:g} needs one tokenizer for both models, because the forward KL on plain "
             "text compares single tokens; set `objective.pt_kd_ratio: 0`"

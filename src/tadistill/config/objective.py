@@ -299,6 +299,10 @@ class MiniLLM(ObjectiveBase):
     def needs_corpus(self) -> bool:
         return self.pt_weight > 0
 
+    @property
+    def compares_on_corpus(self) -> bool:
+        return self.needs_corpus and self.pt_kd_ratio > 0
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, values: Any) -> Any:

@@ -290,8 +290,7 @@ def _of_stage(plan: Plan, model: str, spec: object) -> Iterator[str]:
     if spec.teacher_data:
         yield f"{loss} {_over_spans(spec, name_of(plan, spec.teacher) or 'its teacher')}"
         return
-    of_corpus = isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0
-    if not objective.needs_teacher or not (objective.needs_distribution or of_corpus):
+    if not objective.needs_teacher or not (objective.needs_distribution or objective.compares_on_corpus):
         return
     for teacher in (spec.teacher, *spec.assistants):
         name, sends = name_of(plan, teacher) or "its teacher", teacher.sends if isinstance(teacher, Loaded) else None

@@ -23,7 +23,6 @@ from tadistill.config import Arm, Method, Recipe
 from tadistill.config.arm import flat, is_route, members, path_text, routed
 from tadistill.config.method_parts import TeacherContext
 from tadistill.config.method_rules import check_one_tokenizer, over_spans
-from tadistill.config.objective import MiniLLM
 from tadistill.config.recipe import distillations
 from tadistill.errors import ConfigError, about
 from tadistill.plan.costs import Ledger
@@ -104,14 +103,14 @@ def check_route(tokens: "StudyTokens", arm: str, path: tuple[str, ...], method: 
                 f"arms.{arm}: in `{path_text(path)}`, {teacher} and {path[1]} have different tokenizers, but all teachers of "
                 "a route and their student need the same tokenizer; use models with one tokenizer"
             )
-    objective, start = method.objective, f"arms.{arm}: in `{path_text(path)}`, each teacher has its own training rows"
+    start = f"arms.{arm}: in `{path_text(path)}`, each teacher has its own training rows"
     if method.dense:
         raise ConfigError(f"{start}, so their distributions cannot be averaged; remove `dense`, or use a path such as A > B > C")
     if method.sampler.guided:
         raise ConfigError(f"{start}, so no single teacher can take part in sampling; use `sampler: {{type: student}}`")
     if method.select.metric == "reverse_kl":
         raise ConfigError(f"{start}, but select.metric reverse_kl needs one teacher on dev; set `select.metric` to loss or rouge_l")
-    if isinstance(objective, MiniLLM) and objective.needs_corpus and objective.pt_kd_ratio > 0:
+    if method.objective.compares_on_corpus:
         raise ConfigError(f"{start}, but plain text belongs to no set, so it has no teacher; set `pt_kd_ratio: 0` or `pt_weight: 0`")
 
 

@@ -218,8 +218,8 @@ class Ledger(SizesAndLengths):
         # if the teacher's states were not stored, the metrics of rollouts run the teacher again
         again = method.runs_teacher and not stored and not (answers.seconds and scores)
         cost.watch(answers, teacher=again, teacher_head=stored)
-        if isinstance(objective, MiniLLM) and objective.needs_corpus and self.recipe.data.corpus:
-            cost.corpus(self.corpus_length, teacher=objective.pt_kd_ratio > 0)
+        if objective.needs_corpus and self.recipe.data.corpus:
+            cost.corpus(self.corpus_length, teacher=objective.compares_on_corpus)
 
     def _selection(self, cost: TrainingCost, select: Select, *, extra: bool = False) -> None:
         # evaluation.run.dev_metrics: always the loss; answers and KLs if the metric needs them
