@@ -177,9 +177,9 @@ def _asked(
     drawn = None if decoding.temperature == 0 else seed  # without randomness, all seeds have the same answers
     asked = kinds.AskSpec(data=messages, teacher=handle, sampler=decoding, seed=drawn, **stages.training())
     shown = stages.recipe.first_seed if drawn is None else seed
-    answers = Output(stage=stages.add(asked, f"ask {name}{'' if drawn is None else f', seed {seed}'}", name, shown))
-    label = f"answers of {name}, tokenised for {learner}{'' if drawn is None else f', seed {seed}'}"
-    return _retokenised(stages, answers, learner, label, shown)
+    of_seed = "" if drawn is None else f", seed {seed}"
+    answers = Output(stage=stages.add(asked, f"ask {name}{of_seed}", name, shown))
+    return _retokenised(stages, answers, learner, f"answers of {name}, tokenised for {learner}{of_seed}", shown)
 
 
 def _decoding(sampler: Decoding) -> Decoding:

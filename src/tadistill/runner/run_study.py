@@ -302,7 +302,7 @@ def evaluation_recipe(models: Seq[str], on: Seq[str], *, seeds: Seq[int], teache
     arms = names[: len(models)]
     unused = {"load": "tinyworld_open", "split": "test"}
     content: dict[str, Any] = {
-        "study": f"{'eval' if len(models) == 1 else 'compare'}-{'-'.join(arms)}"[:72] + f"-{key_of(places)[:6]}",
+        "study": f"{_verb(models)}-{'-'.join(arms)}"[:72] + f"-{key_of(places)[:6]}",
         "seeds": [0],
         "models": {name: {"load": load} for name, load in zip(names, sources, strict=True)},
         # nothing is trained, but a recipe must name a training set and a dev set
@@ -320,12 +320,16 @@ def evaluation_command(
     models: Seq[str], on: str, seeds: str, *, teacher: str | None, settings: Seq[str], runs: str | Path | None, tasks: str = ""
 ) -> str:
     """Return the command that evaluates models as `evaluation_recipe` does. Sets, seeds and tasks are texts, separated by commas."""
-    found = ["tadistill", "eval" if len(models) == 1 else "compare", *models]
+    found = ["tadistill", _verb(models), *models]
     found += ["--on", on] if on else []
     found += ["--harness", "lm-eval", "--tasks", tasks] if tasks else []
     found += ["--seeds", seeds, *(part for setting in settings for part in ("--set", setting))]
     found += ["--teacher", teacher] if teacher else []
     return shlex.join(found + (["--runs", str(runs)] if runs else []))
+
+
+def _verb(models: Seq[str]) -> str:
+    return "eval" if len(models) == 1 else "compare"
 
 
 def _place(model: str) -> str:

@@ -68,7 +68,7 @@ class _Wandb:
         if stage not in self.stages:
             self.stages.add(stage)
             self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        self.run.log({f"{stage}/{key}": value for key, value in values.items()} | {f"{stage}/step": step})
+        self.run.log(_row(stage, step, values))
 
     def flush(self) -> None:
         pass
@@ -76,6 +76,10 @@ class _Wandb:
     def finish(self, results: Values) -> None:
         self.run.summary.update(dict(results))
         self.run.finish()
+
+
+def _row(stage: str, step: int, values: Values) -> dict[str, float]:
+    return {f"{stage}/{key}": value for key, value in values.items()} | {f"{stage}/step": step}
 
 
 class _Trackio:
@@ -87,7 +91,7 @@ class _Trackio:
         self.rows: list[dict[str, float]] = []
 
     def log(self, stage: str, step: int, values: Values) -> None:
-        self.rows.append({f"{stage}/{key}": value for key, value in values.items()} | {f"{stage}/step": step})
+        self.rows.append(_row(stage, step, values))
 
     def flush(self) -> None:
         if not self.rows:

@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from tadistill.config import Evaluate
 from tadistill.data.batch import Sequence, references
@@ -250,7 +251,7 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     (seed,) = settings.seeds
     model, tokenizer = context.model(spec.model, context.dtype)
     subject = context.subject(model.eval(), tokenizer)
-    dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
+    dev = _dev(context, tokenizer)
     done = Done(context, len(dev.encoded), "answers")
     done.part(len(dev.encoded))
     answers = generate_answers(context.engine(native(subject, settings)), dev, seed, done)
@@ -260,13 +261,17 @@ def probe(context: Context[ProbeSpec]) -> dict[str, Any]:
     return {"prompts": len(dev.encoded)}
 
 
+def _dev(context: Context[ProbeSpec] | Context[PairSpec], tokenizer: PreTrainedTokenizerBase) -> EvalSet:
+    return as_one([data for _, data in context.dev(context.spec.dev, tokenizer).values()])
+
+
 def pair(context: Context[PairSpec]) -> dict[str, Any]:
     """Compare a student with a bigger model on dev prompts. Write metrics on the student's answers and on the references."""
     spec = context.spec
     model, tokenizer = context.model(spec.model, context.dtype)
     teacher, _ = context.teacher(spec.teacher)
     subject = context.subject(model.eval(), tokenizer, teacher)
-    dev = as_one([data for _, data in context.dev(spec.dev, tokenizer).values()])
+    dev = _dev(context, tokenizer)
     tokens = {row["index"]: tuple(row["tokens"]) for row in read_jsonl(context.store.folder(spec.answers.stage) / ANSWERS)}
     answers, note = _readable({0: [Sequence(e.prompt, tokens[e.row]) for e in dev.encoded]}, subject.vocab)
     if note:
