@@ -5,7 +5,6 @@
 
 import shlex
 import signal
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,11 +247,6 @@ def interruptible(terminal: Terminal = console, kept: str = "run the same comman
         ignore()
         terminal.say(f"interrupted; {kept}")
         raise Told(128 + (asked.received if isinstance(asked, Stopped) else signal.SIGINT)) from None
-
-
-def this_command() -> str:
-    """Return the command that the user gave."""
-    return shlex.join(["tadistill", *sys.argv[1:]])
 
 
 def runs_option(runs: Path | None) -> list[str]:

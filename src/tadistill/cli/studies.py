@@ -5,6 +5,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,11 +23,11 @@ from tadistill.cli.shared import (
     interruptible,
     read_recipe,
     report_study,
-    this_command,
 )
 from tadistill.disk import from_home
 from tadistill.errors import ConfigError, NotPlanned, TadistillError
 from tadistill.store import Store, runs_directory, store_of
+from tadistill.terminal import this_command
 from tadistill.text import counted
 
 app = typer.Typer()
@@ -44,6 +45,11 @@ def _located(study: str, runs: Path | None, *, searches: bool = False) -> tuple[
             if plan.recipe_text and plan.recipe_text != read(recipe)[0]:
                 console.say(f"{recipe} has changed since the last run of the study, `{plan.command}`; the following is about that run")
     return directory, store
+
+
+def _confirmation(yes: bool) -> Callable[[str], bool]:
+    # a function that asks the user, unless --yes is given
+    return (lambda _: True) if yes else typer.confirm
 
 
 # --- results --------------------------------------------------------------------------------------------------------------
@@ -168,9 +174,8 @@ def judge(
         "limit": limit,
     }
     chosen = read_settings(Judge, options, settings or [], source="tadistill judge")
-    confirm = (lambda _: True) if yes else typer.confirm
     with interruptible(kept="the replies are kept. Run the same command again to continue"):
-        commands.judge(study, chosen, runs=runs, console=console, confirm=confirm, command=this_command())
+        commands.judge(study, chosen, runs=runs, console=console, confirm=_confirmation(yes), command=this_command())
 
 
 @app.command()
@@ -319,8 +324,7 @@ def clean(
     from tadistill.cluster.list_and_clean import clean as clean_store
 
     root = runs_directory(runs)
-    confirm = (lambda _: True) if yes else typer.confirm
-    clean_store(root, store_of(root), console, dry_run=dry_run, confirm=confirm)
+    clean_store(root, store_of(root), console, dry_run=dry_run, confirm=_confirmation(yes))
 
 
 @app.command()

@@ -13,9 +13,7 @@ import contextlib
 import json
 import os
 import platform
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,6 +24,7 @@ from tadistill.disk import replacing, write_json, writing
 from tadistill.errors import NotPlanned, StoreError
 from tadistill.plan.throughput import spoken
 from tadistill.store import key_of
+from tadistill.terminal import this_command
 
 LOG = "run.log"
 SEARCH = "search.json"
@@ -251,9 +250,8 @@ class Journal:
 
 
 def _this_process(*, done: int = 0, total: int = 0) -> LocalRun:
-    pid, command = os.getpid(), shlex.join(["tadistill", *sys.argv[1:]])
-    started, seen = time.strftime("%Y-%m-%d %H:%M:%S"), time.time()
-    return LocalRun(pid, platform.node(), _born(pid) or 0.0, command, started, seen, done=done, total=total)
+    pid, started, seen = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"), time.time()
+    return LocalRun(pid, platform.node(), _born(pid) or 0.0, this_command(), started, seen, done=done, total=total)
 
 
 def _record(study: Path, run: LocalRun) -> Path:
