@@ -139,6 +139,10 @@ class ModelError(TadistillError, ValueError):
     """A model or tokenizer cannot be found or loaded, or it does not fit the other models of the recipe."""
 
 
+WRONG_INPUT = (ConfigError, DataError, ModelError)
+"""The errors of a user's input. A command that raises one of them ends with exit code 2."""
+
+
 class StoreError(TadistillError, OSError):
     """The store cannot be read or written, or an artifact in it is damaged."""
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from tadistill import __version__
 from tadistill.cli import running, studies, writing
 from tadistill.cli.shared import Told
-from tadistill.errors import ConfigError, DataError, JudgeFailed, ModelError, ServerFailed, StageFailed, TadistillError
+from tadistill.errors import WRONG_INPUT, JudgeFailed, ServerFailed, StageFailed, TadistillError
 from tadistill.runner.interruption import end_at_once, raising
 from tadistill.terminal import Terminal, output
 
@@ -58,6 +58,6 @@ def main() -> None:
         with contextlib.suppress(SystemExit), output():
             for problem in error.problems:
                 errors.print(Text.assemble((kind, "bold red"), f": {problem}"), soft_wrap=True)
-        sys.exit(2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1)
+        sys.exit(2 if isinstance(error, WRONG_INPUT) else 1)
     finally:
         end_at_once()  # also while Python ends

@@ -18,7 +18,7 @@ import yaml
 import tadistill
 from tadistill.config.data import DataRef
 from tadistill.config.recipe import Recipe
-from tadistill.errors import ConfigError, DataError, ModelError
+from tadistill.errors import WRONG_INPUT, ConfigError
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -307,7 +307,7 @@ def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Conca
     def checked(recipe: Recipe, /, *args: Given.args, **kwargs: Given.kwargs) -> Result:
         try:
             return work(recipe, *args, **kwargs)
-        except (ConfigError, DataError, ModelError) as error:
+        except WRONG_INPUT as error:
             origin = recipe._origin
             if origin is None:
                 raise

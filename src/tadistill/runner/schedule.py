@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
-from tadistill.errors import ConfigError, DataError, Interrupted, ModelError, StageFailed
+from tadistill.errors import WRONG_INPUT, ConfigError, Interrupted, StageFailed
 from tadistill.models.flops_and_memory import visible_gpus
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage, longest_chains
@@ -91,7 +91,7 @@ def run_stages(plan: Plan, store: Store, *, jobs: int, console: Terminal, needs:
         more = f"; {counted(len(failed) - 1, 'more stage')} failed" if len(failed) > 1 else ""
         text = f"{plan.stages[key].label} ({key}): {error}{more}. Finished stages are kept; run the same command again to continue"
         # an input error keeps its type (exit code 2), even if a stage finds it
-        raise type(error)(text) if isinstance(error, (ConfigError, DataError, ModelError)) else StageFailed(text)
+        raise type(error)(text) if isinstance(error, WRONG_INPUT) else StageFailed(text)
 
 
 class _Schedule:
