@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from tadistill import cli
-from tadistill.config.reference import Key, Part, reference
+from tadistill.config.reference import WORDS, Key, Part, reference
 from tadistill.glossary import GLOSSARY
 
 MARK = re.compile(r"^(```\w+)(.*?) test=[\w-]+", re.MULTILINE)
@@ -65,7 +65,7 @@ def _part(part: Part) -> str:
 
 def _key(key: Key) -> str:
     value = ", ".join(filter(None, (key.type, key.allowed)))
-    default = key.default if key.default in ("none", "required", "") else f"`{key.default}`"
+    default = key.default if key.default in (*WORDS, "") else f"`{key.default}`"
     return "| " + " | ".join(part.replace("|", "\\|") for part in (f"`{key.name}`", key.meaning, value, default)) + " |"
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tadistill.config.objective import MiniLLM
 from tadistill.config.reference import _TITLES, reference
 from tadistill.data import tinyworld
+from tadistill.metrics import METRICS
 from tadistill.text import listed
 
 ROOT = Path(__file__).parents[2]
@@ -176,3 +177,15 @@ def test_a_script_without_its_runs_says_which_commands_make_them(tmp_path):
     assert found.returncode == 1
     assert "Traceback" not in found.stderr
     assert re.search(r"plan.json does not exist, .* The first lines of \S+ have the commands\.$", found.stderr.strip())
+
+
+def test_the_page_names_the_metrics_in_the_order_that_decides():
+    """It said "in the order of the table", which begins with ROUGE-L and had no fact accuracy."""
+    (order,) = re.findall(
+        r"^The verdict and the main figures .*?: the first of (.*?) that$",
+        (ROOT / "docs/reference/evaluation.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    quality = [name for name, metric in METRICS.items() if metric.group == "quality"]
+    assert re.findall("`(.+?)`", order) == quality[:-1]
+    assert quality[-1] == "rouge_l_unicode"

@@ -194,7 +194,8 @@ class Data(Strict):
     choose a name for each set, and write the set's keys below this name: {maths: {load: maths.jsonl, weight: 1}, chat: {load: chat.jsonl,
     weight: 3}}. To split one file into train, dev and test, use the script in the page "Use your own data" of the documentation."""
     dev: Annotated[DevData, AfterValidator(_without_extra)]
-    """The data set on which checkpoints and paths are chosen. If there are several training sets, each may have a dev set of the same name:
+    """The data set on which checkpoints and paths are chosen. A recipe in the short form (with `student`) may leave it out; it then keeps
+    the last weights of the training. If there are several training sets, each may have a dev set of the same name:
     {maths: maths-dev.jsonl, chat: chat-dev.jsonl}. Dev values are then means over these sets, with the weights of the training sets."""
     test: TestSets
     """The data sets on which trained models are measured. A single data set needs no list."""
@@ -206,7 +207,7 @@ class Data(Strict):
     """Text around an instruction. `alpaca`: the Alpaca prompt, as in MiniLLM. `chat`: the tokenizer's chat template. `plain`: a line break
     after the instruction, and nothing else."""
     max_prompt: int = Field(default=256, ge=1, le=MOST)
-    """Largest number of tokens in a prompt. The default is MiniLLM's value."""
+    """Largest number of tokens in a prompt; 256 is MiniLLM's value."""
     long_prompts: LongText = "drop"
     """Treatment of a row whose prompt is longer than `max_prompt`. `drop`: the row is left out and counted. `cut`: the first `max_prompt`
     tokens are kept, as in MiniLLM's tests; a chat then loses its generation prompt. `refuse`: the study does not start."""

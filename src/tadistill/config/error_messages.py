@@ -5,59 +5,23 @@ Users never see pydantic's own texts. `_FIXES` has a text of our own for each ty
 
 import difflib
 import functools
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from tadistill.config.common import FUNCTION, Strict
 from tadistill.config.data import OF_TRAINING, ONE, SETS
+from tadistill.config.key_help import SYNONYMS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, named_classes, tag
 from tadistill.errors import did_you_mean_then
 from tadistill.text import counted
 
-_WORDS = {
-    # our key -> words for it in TRL, transformers, peft, axolotl and ms-swift
-    "lr": "learning_rate",
-    "lr_min": "min_lr",
-    "epochs": "num_epochs num_train_epochs",
-    "steps": "max_steps updates",
-    "batch": "batch_size train_batch_size global_batch_size",
-    "micro_batch": "per_device_train_batch_size micro_batch_size gradient_accumulation_steps",
-    "packed": "packing padding_free sample_packing",
-    "evaluate.batch": "per_device_eval_batch_size eval_batch_size",
-    "warmup": "warmup_steps warmup_ratio",
-    "clip": "max_grad_norm gradient_clipping",
-    "schedule": "lr_scheduler lr_scheduler_type scheduler",
-    "betas": "adam_beta1 adam_beta2",
-    "eps": "adam_epsilon",
-    "precision": "bf16 fp16 dtype torch_dtype",
-    "optim": "optimizer",
-    "objective": "loss loss_type",
-    "fraction": "lmbda",
-    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len",
-    "max_prompt": "max_prompt_length",
-    "max_new_tokens": "max_completion_length max_tokens",
-    "load": "model_name_or_path base_model model_id pretrained path",
-    "models": "model student_model",
-    "teacher": "teacher_model teacher_model_name_or_path",
-    "train": "dataset datasets dataset_name train_file",
-    "dev": "val validation eval_dataset",
-    "template": "chat_template",
-    "r": "lora_r lora_rank rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "targets": "lora_target_modules target_modules",
-    "every": "eval_steps save_steps eval_every",
-    "metric": "metric_for_best_model",
-    "patience": "early_stopping_patience",
-    "trackers": "report_to",
-}
-SYNONYMS = {word: key for key, words in _WORDS.items() for word in words.split()}
-"""Maps a key of another program, such as `learning_rate`, to our key, such as `lr`."""
+_SHORT_WITHOUT = (("seeds",), ("data", "dev"))  # keys that the long form of a recipe needs
 
 
 def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tuple[tuple, str]]:
@@ -83,7 +47,8 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
             key, kind = key[:-1], "too_short"
         if kind == "missing":
             if key not in meant:  # a mistyped key has its own sentence
-                found.setdefault(key, " is missing; add it.")
+                only = " Only a recipe in the short form (with `student`) may leave it out." if key in _SHORT_WITHOUT else ""
+                found.setdefault(key, f" is missing; add it.{only}")
             continue
         key = _given(key, raw)  # without the names that pydantic gives to the choices of a union
         if kind == "too_short" and any(other[: len(key)] == key for other in found):
@@ -285,8 +250,9 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     plain = name.lower().replace("-", "_")
     wanted = [plain, *([SYNONYMS[plain]] if plain in SYNONYMS else [])]
     for other in wanted:
-        if other in here:
-            return other, f"did you mean `{other}`?"
+        *place, last = other.split(".")
+        if last in here and place[-1:] in ([], [*key[-2:-1]]):
+            return last, f"did you mean `{last}`?"
     alike = {n for m in blocks for n in m.model_fields if n != name and _is_called(plain, meaning(m, n))}
     if len(alike) == 1:
         (other,) = alike
@@ -298,10 +264,17 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     if of:
         return "", f"it belongs to another `type` ({', '.join(dict.fromkeys(of))}); the keys of the chosen type are: {', '.join(here)}."
     for other in wanted:
-        if found := [other] if other != plain and "." in other else _places(root).get(other, []):
-            place = next((p for p in found if other in p.split(".")), found[0])
+        if re.search(r"[.:]", other) and other != plain:
+            return "", f"did you mean `{other}`?"
+        if found := _places(root).get(other):
+            place = max(found, key=lambda place: _shared(place.split("."), key))  # of two, the one with fewer words
             return "", f"did you mean `{place}`{'' if '.' in place else ', at the top level of the recipe'}?"
     return "", f"the known keys here are: {', '.join(here)}."
+
+
+def _shared(place: Sequence[str], key: tuple) -> int:
+    # the number of words at the beginning of a key that a place begins with too
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(place, key, strict=False)))
 
 
 def _is_called(word: str, text: str) -> bool:

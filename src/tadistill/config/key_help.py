@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from tadistill.config.error_messages import SYNONYMS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import NAME, Key, Part, dotted, more_about, page_text, reference
 from tadistill.errors import ConfigError
@@ -109,7 +108,7 @@ def _entry(found: _Found) -> Entry:
         return Entry(full, text, (*also, more), tuple(_types(place)))
     facts = [("type", ", ".join(filter(None, (key.type, "" if key.choices else key.allowed))))]
     facts += [("one of", ", ".join(key.choices))] if key.choices and not _types(full) else []
-    facts += [("default", key.default)] if key.default else []
+    facts += [("required", "yes") if key.default == "required" else ("default", key.default)] if key.default else []
     some = 0 < len(found.types) < len(_types(place))
     facts += [("with type", ", ".join(found.types))] if some else []
     return Entry(full, key.meaning, (*facts, *also, more), tuple(_below(full)))
@@ -174,3 +173,54 @@ def _split(place: str) -> list[str]:
 
 def _sentence(text: str) -> str:
     return re.split(r"(?<!al\.)(?<=\.) (?=[A-Z`(])", " ".join(text.split()), maxsplit=1)[0]
+
+
+# --- words of other programs ------------------------------------------------------------------------------------------------
+
+WORDS = {
+    # our key, alone or with its place or value -> words for it in TRL, transformers, peft, axolotl and ms-swift
+    "study": "output_dir run_name",
+    "seeds": "seed",
+    "method: seqkd": "seq_kd",
+    "lr": "learning_rate",
+    "lr_min": "min_lr",
+    "epochs": "num_epochs num_train_epochs",
+    "steps": "max_steps updates",
+    "batch": "batch_size train_batch_size global_batch_size",
+    "micro_batch": "per_device_train_batch_size micro_batch_size gradient_accumulation_steps",
+    "packed": "packing padding_free sample_packing",
+    "evaluate.batch": "per_device_eval_batch_size eval_batch_size",
+    "warmup": "warmup_steps warmup_ratio",
+    "clip": "max_grad_norm gradient_clipping",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "betas": "adam_beta1 adam_beta2",
+    "eps": "adam_epsilon",
+    "precision": "dtype torch_dtype",
+    "method.optim.precision": "bf16 fp16",
+    "optim": "optimizer",
+    "objective": "loss loss_type",
+    "objective: {type: uld}": "use_uld_loss",
+    "method.sampler.lam": "lmbda",
+    "engine": "use_vllm",
+    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len",
+    "max_prompt": "max_prompt_length",
+    "max_new_tokens": "max_completion_length max_tokens",
+    "load": "model_name_or_path base_model model_id pretrained path",
+    "models": "model student_model",
+    "teacher": "teacher_model teacher_model_name_or_path teacher_model_init_kwargs",
+    "train": "dataset datasets dataset_name train_file",
+    "dev": "val validation eval_dataset",
+    "template": "chat_template",
+    "lora": "peft_config",
+    "r": "lora_r lora_rank rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "lora_target_modules target_modules",
+    "select": "load_best_model_at_end",
+    "every": "eval_steps save_steps eval_every",
+    "metric": "metric_for_best_model",
+    "patience": "early_stopping_patience",
+    "trackers": "report_to",
+}
+SYNONYMS = {word: key for key, words in WORDS.items() for word in words.split()}
+"""Maps a key of another program, such as `learning_rate`, to our key, such as `lr`."""

@@ -42,11 +42,11 @@ class Optim(Strict):
     lr_min: float = Field(default=0.0, ge=0)
     """Lowest learning rate of the schedules `cosine` and `linear`. They would reach it one update after the last one."""
     weight_decay: float = Field(default=0.01, ge=0, le=100)
-    """AdamW's weight decay, for weight matrices only. The default is torch's."""
+    """AdamW's weight decay, for weight matrices only, with torch's default."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's decay rates of the first and the second moment. The defaults are torch's."""
+    """AdamW's decay rates of the first and the second moment, with torch's defaults."""
     eps: float = Field(default=1e-8, ge=1e-30, le=1)
-    """AdamW's epsilon. The default is torch's."""
+    """AdamW's epsilon, with torch's default."""
     clip: float = Field(default=1.0, gt=0, le=1e9)
     """Largest gradient norm. A larger gradient is scaled down to this norm."""
     precision: Precision = "fp32"

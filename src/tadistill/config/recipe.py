@@ -80,7 +80,8 @@ class Recipe(Strict):
     study: Annotated[Name, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Name of the study. Its folder has the same name."""
     seeds: Seeds
-    """Training seeds. Every arm is trained once with each seed."""
+    """Training seeds. Every arm is trained once with each seed. A recipe in the short form (with `student`) may leave them out; the seed is
+    then 10."""
     models: dict[Name, ModelConfig] = Field(min_length=1)
     """The models of the study. Each has a name of your choice, which paths and reports use."""
     data: Data

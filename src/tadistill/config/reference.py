@@ -8,6 +8,7 @@ import functools
 import inspect
 import itertools
 import json
+import re
 import sys
 import types
 import typing
@@ -24,6 +25,8 @@ from tadistill.config.recipe import Recipe
 from tadistill.config.shorthand import SHORT_KEYS
 from tadistill.text import counted
 
+WORDS = ("none", "required", "as described")
+"""Values of `Key.default`: the key has no default, the key must be given, the meaning of the key says the default."""
 NAME = "NAME"
 """Placeholder for a name that the user chooses, as in the key `models.NAME.load`."""
 _PAGES = {
@@ -79,8 +82,7 @@ class Key:
     allowed: str
     """The allowed values, in words such as `at least 1`. Empty if every value of the type is allowed."""
     default: str
-    """The default in the notation of recipes, or `none`, or `required`. Empty if the default is a group of keys with defaults of their
-    own."""
+    """The default in the notation of recipes, or one of `WORDS`. Empty if the default is a group of keys with defaults of their own."""
     choices: tuple[str, ...] = ()
     """All allowed values, if they are a fixed list."""
 
@@ -199,7 +201,9 @@ def _key(model: type[BaseModel], name: str, field: FieldInfo) -> Key:
     chosen = _choices(field)
     if name == "type":
         return Key(name, f"`{tag(model)}` chooses the following keys. {_first_paragraph(model)}", "text", "", "required", chosen)
-    return Key(field.alias or name, meaning(model, name), _kind(_written_as(model, name)), _allowed(field, chosen), _default(field), chosen)
+    return Key(
+        field.alias or name, meaning(model, name), _kind(_written_as(model, name)), _allowed(field, chosen), _default(model, name), chosen
+    )
 
 
 def _written_as(model: type[BaseModel], name: str) -> Any:
@@ -296,14 +300,17 @@ def _plain(value: Any) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
-def _default(field: FieldInfo) -> str:
+def _default(model: type[BaseModel], name: str) -> str:
+    field = model.model_fields[name]
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None or value in ((), "", {}):
-        return "none"
     plain = _written(value)
-    return "" if plain == {} else _flow(plain)
+    if plain == {} and value != {}:
+        return ""
+    if re.search("The default is |By default,", meaning(model, name)):
+        return "as described"
+    return "none" if value is None or value in ((), "", {}) else _flow(plain)
 
 
 def _written(value: Any) -> Any:

@@ -207,6 +207,7 @@ class TeacherMixedSampler(Rounds):
     alpha: Share = 0.2
     """The teacher's weight in the mixture."""
     rollouts: int | None = Field(default=256, ge=1, le=MOST)
+    """Number of sequences in a round, on all devices together. It must be a multiple of the batch size."""
     inner_epochs: int = Field(default=4, ge=1, le=MOST)
 
     @property

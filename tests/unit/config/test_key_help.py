@@ -53,6 +53,12 @@ def test_keys_and_types_below_are_listed_once():
     )
 
 
+def test_a_key_that_must_be_given_is_required_and_says_who_may_leave_it_out():
+    for word in ("seeds", "data.dev"):
+        assert dict(explain(word)[0].facts)["required"] == "yes"
+        assert "A recipe in the short form (with `student`) may leave" in explain(word)[0].meaning
+
+
 def test_a_key_of_some_types_names_them():
     (entry,) = explain("start")
     assert ("with type", "taid") in entry.facts

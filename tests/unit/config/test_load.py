@@ -241,6 +241,16 @@ def test_a_message_about_an_override_names_it(recipe, overrides, place):
     assert re.sub(r"^\S+, line \d+", "LINE", error.value.problems[0]).startswith(place)
 
 
+@pytest.mark.parametrize(("line", "key"), [("seeds: [1, 2]\n", "seeds"), (", dev: tinyworld", "data.dev")])
+def test_a_missing_key_that_the_short_form_needs_not_is_named_with_the_short_form(recipe, line, key):
+    """README leaves out `data.dev`, and a reader who does so in the long form read only "add it"."""
+    recipe.write_text(RECIPE.replace(line, ""))
+    with pytest.raises(
+        ConfigError, match=rf"`{key}` is missing; add it\. Only a recipe in the short form \(with `student`\) may leave it out\.$"
+    ):
+        load(recipe)
+
+
 @pytest.mark.parametrize("path", [".", "..", "/", "below"])
 def test_a_folder_is_no_recipe(tmp_path, monkeypatch, path):
     (tmp_path / "below").mkdir()

@@ -62,6 +62,19 @@ def test_keys_have_types_values_and_defaults():
     assert key("Data", "template").choices == ("alpaca", "chat", "plain")
 
 
+def test_a_key_has_one_default():
+    """`rollouts` of teacher_mixed had the default 256, and the sentence "The default is one batch."; others had none and a sentence."""
+    keys = [(part.name, key) for part in reference() for key in part.keys if key.default]
+    wrong = [
+        (name, k.name)
+        for name, k in keys
+        if ("The default is " in k.meaning or "By default," in k.meaning) != (k.default == "as described")
+    ]
+    assert not wrong
+    assert key("TeacherMixedSampler", "rollouts").default == "256"
+    assert key("StudentSampler", "rollouts").default == key("Runtime", "jobs").default == "as described"
+
+
 def test_places_are_those_of_a_recipe():
     places = {part.name: part.places for part in reference()}
     phases = "method.phases.optim", "methods.NAME.phases.optim", "arms.NAME.phases.optim", "models.NAME.distill.phases.optim"
