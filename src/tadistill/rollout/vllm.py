@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -169,12 +170,12 @@ class Vllm:
     def _start(self) -> None:
         weights, python = self._weights(), vllm_folder() / "python"
         self._memory = _SharedMemory(weights, self.launch.dtype)
-        command = [str(python), "-I", str(vllm_process.__file__)]
+        command, sockets = [str(python), "-I", str(vllm_process.__file__)], tempfile.mkdtemp(prefix="tadistill-vllm-")
         with self.launch.log.open("a") as log, tempfile.TemporaryDirectory() as directory:
             self._describe().save_pretrained(directory)
             self._process = subprocess.Popen(
                 command,
-                env=_environment(self.launch),
+                env=_environment(self.launch) | {"VLLM_RPC_BASE_PATH": sockets},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -182,7 +183,8 @@ class Vllm:
                 start_new_session=True,  # Ctrl-C then reaches only the command, which decides which processes end
             )
             self._make_room()
-            self.close = weakref.finalize(self, _end, self._process, _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0)
+            patience = _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0
+            self.close = weakref.finalize(self, _end, self._process, patience, sockets)
             self.version = self._order({"engine": self._arguments(directory), "weights": self._memory.layout})["version"]
         self._hand_over()
         self._check()
@@ -286,8 +288,9 @@ def _environment(launch: Launch) -> dict[str, str]:
     return found
 
 
-def _end(process: "subprocess.Popen[str]", patience: float) -> None:
-    # nothing in the process is needed, so it is killed after `patience` seconds, in which workers of several GPUs free their shared memory
+def _end(process: "subprocess.Popen[str]", patience: float, sockets: str) -> None:
+    # nothing in the process is needed, so it is killed after `patience` seconds, in which workers of several GPUs free their shared memory;
+    # its sockets, in the folder `sockets`, are left
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(OSError):  # closing also sends what is still buffered, which fails if the process has ended
@@ -298,3 +301,4 @@ def _end(process: "subprocess.Popen[str]", patience: float) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
+    shutil.rmtree(sockets, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -74,6 +75,26 @@ def test_another_process_reads_what_was_written_last():
 def launch(tmp_path, **changed):
     usual = {"settings": Settings(), "device": torch.device("cpu"), "dtype": torch.float32, "longest": 20, "log": tmp_path / "log"}
     return Launch(**(usual | {"changes": True} | changed))
+
+
+def test_an_ended_engine_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+    """vLLM's sockets stayed there."""
+    program, temporary = tmp_path / "bin" / "python", tmp_path / "temporary"
+    program.parent.mkdir()
+    temporary.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, sys\npathlib.Path(os.environ['VLLM_RPC_BASE_PATH'], 'socket').touch()\n"
+        'for line in sys.stdin:\n    print(\'{"version": "0"}\', flush=True)\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("tadistill.rollout.vllm.vllm_folder", lambda: program.parent)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.setattr(Vllm, "_check", lambda engine: None)
+    engine = Vllm(tiny_model("llama"), Decoding(), eos=(1,), vocab=8, launch=launch(tmp_path))
+    engine._start()
+    assert [path.name for path in temporary.rglob("*") if path.is_file()] == ["socket"]
+    engine.close()
+    assert not [*temporary.iterdir()]
 
 
 def test_each_rank_has_a_gpu_of_its_own(tmp_path, monkeypatch):
