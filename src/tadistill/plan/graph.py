@@ -230,6 +230,11 @@ def longest_chains(stages: Mapping[str, Stage], takes: Mapping[str, float]) -> d
     return longest
 
 
+def labels_of(stages: Mapping[str, Stage], *, short: bool = True) -> dict[str, str]:
+    """Return a label for each stage of a plan, as `distinct_labels` does."""
+    return distinct_labels(((stage.key, stage.label, stage.arms) for stage in stages.values()), short=short)
+
+
 def distinct_labels(stages: Iterable[tuple[str, str, Collection[str]]], *, short: bool = True) -> dict[str, str]:
     """Return a label for each stage, by the stage's key. No two stages have the same label.
 

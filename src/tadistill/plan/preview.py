@@ -15,7 +15,7 @@ from tadistill.errors import Gathering, ModelError
 from tadistill.models import sources
 from tadistill.plan import throughput
 from tadistill.plan.arms import Plan, PlannedArm
-from tadistill.plan.graph import Stage, distinct_labels, table_lines, total_flops, with_ancestors
+from tadistill.plan.graph import Stage, labels_of, table_lines, total_flops, with_ancestors
 from tadistill.plan.notes import ASKED, counts_asked, plan_notes
 from tadistill.plan.paths import lossy_steps
 from tadistill.plan.task import check_sources, process_bytes, uses_vllm
@@ -106,7 +106,7 @@ def _stages(plan: Plan, store: Store, speeds: Speeds, width: int) -> Table:
     table = _table(f"{plan.recipe.study}: {counted(len(plan.stages), 'stage')}", *columns)
     table.columns[0].min_width, table.columns[1].min_width = 16 if wide else 8, 6
     table.columns[5].no_wrap, table.columns[5].overflow = False, "fold"  # a cut label could lose the method or the seed
-    labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=not wide)
+    labels = labels_of(plan.stages, short=not wide)
     by_label = {labels[key]: stage for key, stage in plan.stages.items()}
     states = {label: "done" if store.finished(stage.key) else "to run" for label, stage in by_label.items()}
     for text, members in table_lines(states):
@@ -221,7 +221,7 @@ def _largest(plan: Plan, width: int) -> Table:
             kinds.setdefault(stage.cost.kind, stage)
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     largest = list(kinds.values())[:_LARGEST]
-    labels = distinct_labels(((s.key, s.label, s.arms) for s in plan.stages.values()), short=width < _WIDE)
+    labels = labels_of(plan.stages, short=width < _WIDE)
     for stage in largest:
         assert stage.cost is not None
         label = escape(labels[stage.key])

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from tadistill.metrics import training_numbers
 from tadistill.plan.arms import Plan
-from tadistill.plan.graph import distinct_labels
+from tadistill.plan.graph import labels_of
 from tadistill.plan.throughput import spoken
 from tadistill.runner.live_table import Board, LiveTable
 from tadistill.runner.local import Journal, StageProgress, described
@@ -29,7 +29,7 @@ class Screen:
 
     def __init__(self, plan: Plan, store: Store, terminal: Terminal, *, todo: Sequence[str], jobs: int, needs: Iterable[str] = ()):
         self.plan, self.store, self.terminal, self.jobs = plan, store, terminal, jobs
-        self.labels = distinct_labels((s.key, s.label, s.arms) for s in plan.stages.values())
+        self.labels = labels_of(plan.stages)
         done = len(plan.stages) - len(todo)
         study = store.root.parent / plan.recipe.study
         self.journal = Journal(study, done=done, total=len(plan.stages), complain=self.say, needs=dict.fromkeys([*needs, *plan.stages]))
