@@ -4,6 +4,7 @@ numbers."""
 import functools
 import re
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -81,6 +82,11 @@ MOST = 10**9
 """Upper bound for numbers of rows, tokens, updates and processes."""
 _LARGEST = 2**63 - 1
 """Largest whole number that torch and Python's loops accept."""
+
+
+def message_of(problem: Mapping[str, Any]) -> str:
+    """Return the message of one of pydantic's errors, without the words that pydantic puts before a message of our own."""
+    return problem["msg"].removeprefix("Value error, ")
 
 
 class Strict(BaseModel):

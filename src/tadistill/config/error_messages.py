@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from tadistill.config.common import FUNCTION, Strict
+from tadistill.config.common import FUNCTION, Strict, message_of
 from tadistill.config.data import OF_TRAINING, ONE, SETS
 from tadistill.config.key_help import SYNONYMS
 from tadistill.config.method import METHODS
@@ -54,7 +54,7 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
         if kind == "too_short" and any(other[: len(key)] == key for other in found):
             continue  # pydantic counts only the items that are right
         if kind == "value_error":
-            for sentence in problem["msg"].removeprefix("Value error, ").split("\n"):
+            for sentence in message_of(problem).split("\n"):
                 at, text = _own(sentence, key, raw, problem["input"])
                 found[at] = found[at] if at in found and at else text if at not in found else f"{found[at]} {text}"
             continue

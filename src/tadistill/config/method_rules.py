@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tadistill.config.common import Decoding, Divergence, Strict
+from tadistill.config.common import Decoding, Divergence, Strict, message_of
 from tadistill.config.method import PARTS, Method, MethodPatch
 from tadistill.config.method_parts import Optim
 from tadistill.config.objective import ForwardKL, Gold, MiniLLM, TopKForwardKL, TopKReverseKL
@@ -40,7 +40,7 @@ def merge_methods(base: Any, patch: Strict | float | None, part: str) -> Any:
     try:
         return type(base).model_validate({**base.model_dump(), **changed})
     except ValidationError as error:
-        what = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        what = "; ".join(map(message_of, error.errors()))
         raise ConfigError(f"a model, an arm or a phase changes `{part}`, but the changed settings do not fit together: {what}") from error
 
 

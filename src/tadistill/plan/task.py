@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from tadistill.config import Recipe
-from tadistill.config.common import DTYPES, Decoding
+from tadistill.config.common import DTYPES, Decoding, message_of
 from tadistill.config.machine import Resources, Vllm, entries_of, given_resources
 from tadistill.data import survey
 from tadistill.data.tinyworld import TOKENIZERS
@@ -125,8 +125,8 @@ def resources_of(recipe: Recipe, stage: Stage) -> Resources:
     try:
         return Resources.model_validate(given)
     except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"resources of `{stage.kind} {stage.model}` (merged from the entries {', '.join(names)}): {reason}") from error
+        found = f"resources of `{stage.kind} {stage.model}` (merged from the entries {', '.join(names)})"
+        raise ConfigError(f"{found}: {message_of(error.errors()[0])}") from error
 
 
 def process_bytes(plan: "Plan", stage: Stage, *, cuda: bool, of_gpu: float = 0.0) -> float | None:
