@@ -213,5 +213,6 @@ def temper(context: Context[TemperSpec]) -> dict[str, Any]:
 
     wanted = mean_entropy(replace(subject, model=like), 1.0)
     tau = matching_temperature(lambda tau: mean_entropy(subject, tau), wanted)
-    save_model(temper_head(teacher, tau), tokenizer, context.folder / MODEL, ends=subject.eos)
+    temper_head(teacher, tau)
+    save_model(teacher, tokenizer, context.folder / MODEL, ends=subject.eos)
     return {"tau": tau, "entropy": wanted}
