@@ -52,10 +52,13 @@ def tokenizer():
 
 def random_model(kind: str, **changes):
     """A model whose every weight is random, norms and biases too, so that no mix-up of weights stays unseen."""
+    special = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    return with_random_weights(model_type=kind, **{**special, **SHAPES[kind], **changes})
+
+
+def with_random_weights(**fields):
     torch.manual_seed(0)
-    fields = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, **SHAPES[kind], **changes}
-    config = AutoConfig.for_model(kind, **fields)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.5)

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from tests.unit.models.conftest import word_tokenizer
+from tests.unit.models.conftest import with_random_weights, word_tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tadistill.models.loading import load_model, save_model
 from tadistill.models.parameter_counts import size_of
@@ -48,16 +48,10 @@ TARGETS = {
 
 
 def tiny(kind, **changes):
-    """Every weight random, norms and biases too."""
-    torch.manual_seed(0)
     special = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 32}
     if kind == "gpt2":
         del special["max_position_embeddings"]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**special, **KINDS[kind], **changes})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.5)
-    return model
+    return with_random_weights(**{**special, **KINDS[kind], **changes})
 
 
 def scores(model, seed=1):
