@@ -51,15 +51,13 @@ def divergence(sides: Sides, batch: Batch, term: TeacherTerm, per_span: float) -
     student = SpanTokens(Hidden(sides.student[kept], sides.head), batch.counted(batch.targets_BT)[kept], aligned.student[kept])
     teacher = SpanTokens(sides.teacher, aligned.tokens, aligned.teacher)
     weights = torch.full((aligned.count,), term.weight / per_span, dtype=torch.float32, device=sides.student.device)
-    shared, unknown = sides.again.shared_vocabulary, torch.from_numpy(aligned.unknown)
+    shared = sides.again.shared_vocabulary
     settings: dict[str, Any] = {**term.settings, "weights": weights, "temperature": term.temperature}
     if term.divergence in (sorted_distance, hybrid_distance):
-        settings["weights"] = weights.masked_fill(unknown.to(weights.device), 0)
-    if term.divergence is sorted_distance:
-        return fused_span_distance(sorted_distance, student, teacher, shared.sizes, **settings)[0]
-    if term.divergence is hybrid_distance:
-        shared = shared.to(weights.device)
-        return fused_span_distance(hybrid_distance, student, teacher, shared.sizes, shared=shared, **settings)[0]
+        settings["weights"] = weights.masked_fill(torch.from_numpy(aligned.unknown).to(weights.device), 0)
+        if term.divergence is hybrid_distance:
+            settings["shared"] = shared.to(weights.device)
+        return fused_span_distance(term.divergence, student, teacher, shared.sizes, **settings)[0]
     if shared.same:  # every span is one token of each model
         part = part_of([term], student.hidden.states, weights.unsqueeze(0), teachers=[teacher.hidden])
         return fused_parts([part], sides.head, vocab=shared.sizes[0])[0]
