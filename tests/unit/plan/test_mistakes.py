@@ -185,6 +185,17 @@ def test_a_model_beside_the_recipe_keeps_its_key(folder, monkeypatch):
         assert recipe.written(recipe.models["t"].load) == "mydir"
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_folder_without_a_model_does_not_hide_the_model_of_the_hub(folder, monkeypatch, inside):
+    (folder / "gpt2").mkdir()
+    (folder / "gpt2" / "scores.json").write_text("{}")
+    (folder / "gpt3").write_text("notes")
+    (folder / "my.yaml").write_text(RECIPE)
+    monkeypatch.chdir(folder if inside else folder.parent)
+    for name in ("gpt2", "gpt3"):
+        assert load(folder / "my.yaml", [f"models.t={{load: {name}}}"]).models["t"].load == name
+
+
 def test_a_study_is_found_by_its_recipe(folder):
     (folder / "my.yaml").write_text(RECIPE)
     (folder / "runs" / "my").mkdir(parents=True)
