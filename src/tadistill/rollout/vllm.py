@@ -170,12 +170,12 @@ class Vllm:
     def _start(self) -> None:
         weights, python = self._weights(), vllm_folder() / "python"
         self._memory = _SharedMemory(weights, self.launch.dtype)
-        command, sockets = [str(python), "-I", str(vllm_process.__file__)], tempfile.mkdtemp(prefix="tadistill-vllm-")
+        command, temporary = [str(python), "-I", str(vllm_process.__file__)], tempfile.mkdtemp(prefix="tadistill-vllm-")
         with self.launch.log.open("a") as log, tempfile.TemporaryDirectory() as directory:
             self._describe().save_pretrained(directory)
             self._process = subprocess.Popen(
                 command,
-                env=_environment(self.launch) | {"VLLM_RPC_BASE_PATH": sockets},
+                env=_environment(self.launch) | {"TMPDIR": temporary},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -184,7 +184,7 @@ class Vllm:
             )
             self._make_room()
             patience = _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0
-            self.close = weakref.finalize(self, _end, self._process, patience, sockets)
+            self.close = weakref.finalize(self, _end, self._process, patience, temporary)
             self.version = self._order({"engine": self._arguments(directory), "weights": self._memory.layout})["version"]
         self._hand_over()
         self._check()
@@ -269,7 +269,8 @@ class _SharedMemory:
 
 
 def _environment(launch: Launch) -> dict[str, str]:
-    found = {name: value for name, value in os.environ.items() if name not in _OURS}
+    found = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}"}  # kept for the next engine
+    found |= {name: value for name, value in os.environ.items() if name not in _OURS}
     found |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the process that we start, and in no third one
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the cores are shared with training
@@ -288,9 +289,9 @@ def _environment(launch: Launch) -> dict[str, str]:
     return found
 
 
-def _end(process: "subprocess.Popen[str]", patience: float, sockets: str) -> None:
+def _end(process: "subprocess.Popen[str]", patience: float, temporary: str) -> None:
     # nothing in the process is needed, so it is killed after `patience` seconds, in which workers of several GPUs free their shared memory;
-    # its sockets, in the folder `sockets`, are left
+    # its sockets stay in its folder `temporary`
     assert process.stdin is not None
     assert process.stdout is not None
     with contextlib.suppress(OSError):  # closing also sends what is still buffered, which fails if the process has ended
@@ -301,4 +302,4 @@ def _end(process: "subprocess.Popen[str]", patience: float, sockets: str) -> Non
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    shutil.rmtree(sockets, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)

@@ -78,12 +78,12 @@ def launch(tmp_path, **changed):
 
 
 def test_an_ended_engine_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
-    """vLLM's sockets stayed there."""
+    """vLLM's sockets stayed there, and the file in which its workers meet."""
     program, temporary = tmp_path / "bin" / "python", tmp_path / "temporary"
     program.parent.mkdir()
     temporary.mkdir()
     program.write_text(
-        f"#!{sys.executable}\nimport os, pathlib, sys\npathlib.Path(os.environ['VLLM_RPC_BASE_PATH'], 'socket').touch()\n"
+        f"#!{sys.executable}\nimport pathlib, sys, tempfile\npathlib.Path(tempfile.gettempdir(), 'socket').touch()\n"
         'for line in sys.stdin:\n    print(\'{"version": "0"}\', flush=True)\n'
     )
     program.chmod(0o755)
