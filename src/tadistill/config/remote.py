@@ -35,7 +35,8 @@ class Serve(Strict):
     """Servers of vLLM that run a teacher, in place of the training process. `tadistill serve RECIPE MODEL` starts such a server.
 
     `serve: http://HOST:PORT` is short for `serve: {at: [http://HOST:PORT]}`, and a list of addresses is short for `serve: {at: LIST}`.
-    These settings change results only by rounding. The exception is `gives: top_k`, with which the results also depend on `k` and `tail`.
+    A server of the model's own files changes results only by rounding, so its stages are also those of the model in the training process.
+    Two settings change results: `name`, and `gives: top_k` with its `k` and `tail`.
     """
 
     text_sets: ClassVar[str] = "at"
@@ -54,7 +55,9 @@ class Serve(Strict):
     and renormalises the probabilities."""
     name: str | None = None
     """The model's name on the server. By default, the model is looked for in the server's list of models (`/v1/models`). The `id` or the
-    `root` of an entry must then be the value of `load`, or the directory of this model's files."""
+    `root` of an entry must then be the value of `load`, or the directory of this model's files. A name other than `load` means that the
+    server may compute other numbers than the model's files, for example with quantised weights, so stages with this teacher have keys of
+    their own. Write a name that always means the same weights."""
     key: Variable | None = None
     """Name of the environment variable with the API key. The key itself is never written anywhere."""
     seconds: float = Field(default=120.0, gt=0, le=86400)
@@ -73,6 +76,10 @@ class Serve(Strict):
         if len(set(self.at)) < len(self.at):
             raise ValueError("serve.at names an address twice; name each server once")
         return self
+
+    def other_name(self, *names: str | None) -> str | None:
+        """Return the model's name on the server, unless it is one of the `names` of the model's files."""
+        return None if self.name in names else self.name
 
     @property
     def signal(self) -> TopKSignal | None:

@@ -16,6 +16,7 @@ A teacher can also follow its student, as the moving average of the student's we
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,7 +135,7 @@ class ServedHidden(HiddenTeacher):
 
         bodies = [hidden_request(self._name, ids, weight.dtype) for ids in rows.tokens]
         found = self._servers.post(POOLING, bodies, read)
-        self.passed(rows.work)
+        self.passed(replace(rows.work, heads=0))  # the head runs in this process, which counts it
         parts = [states[places] for states, places in zip(found, rows.places, strict=True)]
         return torch.cat(parts).to(self.device) if parts else weight.new_zeros(0, weight.shape[1])
 

@@ -22,7 +22,7 @@ from tadistill.plan.graph import Graph, Stage
 from tadistill.plan.inputs import FromStage, Handle, is_served
 from tadistill.plan.paths import check_compared, check_edge, check_itself, check_route, check_sizes, original_teacher, teaching
 from tadistill.plan.phases import PlannedPhase, Turn, planned_phases
-from tadistill.plan.remote import check_measured, check_not_run, check_teaching
+from tadistill.plan.remote import check_measured, check_not_run, check_teaching, from_files
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import check_entries, check_sources
 from tadistill.plan.training_texts import StudySets
@@ -289,7 +289,7 @@ class _ArmModels(dict[str, Handle]):
 
     def __missing__(self, model: str) -> Handle:
         source = self.arm.init.get(model)
-        start = None if source is None else self.stages.cut_to(model, source, self[source])
+        start = None if source is None else self.stages.cut_to(model, source, from_files(self[source]))
         self[model] = self.stages.trained(model, self.seed, start)
         return self[model]
 

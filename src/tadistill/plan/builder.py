@@ -31,6 +31,7 @@ from tadistill.plan.inputs import (
 )
 from tadistill.plan.paths import check_like, check_weights, teacher_rules
 from tadistill.plan.phases import Turn
+from tadistill.plan.remote import from_files
 from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.training_texts import StudySets, on_sets, texts
 from tadistill.text import counted
@@ -86,7 +87,7 @@ class StageBuilder:
     def _untrained(self, name: str, seed: int) -> Handle:
         model = self.recipe.models[name]
         if init := model.init:
-            parent = self.trained(init.from_, seed)
+            parent = from_files(self.trained(init.from_, seed))
             if not init.measured:
                 assert init.layers is not None
                 return PrunedDepth(prune=init.layers, of=parent)
@@ -120,6 +121,7 @@ class StageBuilder:
             seed=seed if model.load.startswith("scratch:") else None,
             tokenizer_revision=None if revision == model.revision else revision,
             serve=model.serve,
+            served_as=model.serve and model.serve.other_name(model.load, written(model.load)),
             sends=model.serve and model.serve.signal,
         )
 

@@ -189,10 +189,11 @@ class Loaded(Part):
     at: str | None = Field(default=None, exclude=True)
     """Path of the weights, if `load` is a path beside the recipe. It is not a part of the key, because the fingerprint identifies the
     content."""
-    tokenizer_at: str | None = Field(default=None, exclude=True)
-    """Path of the tokenizer, if it is beside the recipe."""
+    tokenizer_at: str | None = Field(default=None, exclude=True)  # path of the tokenizer, if it is beside the recipe
     serve: Serve | None = Field(default=None, exclude=True)
-    """The servers that run the model when it teaches. They are not a part of the key, because they change results only by rounding."""
+    """The servers that run the model when it teaches. Only `served_as` and `sends` are a part of the key."""
+    served_as: str | None = None
+    """The model's name on its servers, unless it is `load`. The servers may then run other weights, such as quantised ones."""
     sends: TopKSignal | None = None
     """The outputs that the servers (`serve`) send in place of hidden states. They change the results. None if hidden states are sent."""
 

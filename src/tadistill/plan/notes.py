@@ -29,7 +29,7 @@ from tadistill.plan.inputs import Loaded
 from tadistill.plan.kinds import AskSpec, DistillSpec, SignalSpec
 from tadistill.plan.paths import contexts_of, lossy_steps
 from tadistill.plan.phases import phases_text
-from tadistill.plan.remote import asked_notes, served_notes
+from tadistill.plan.remote import asked_notes, served_notes, shared_notes
 from tadistill.plan.task import layout, name_of, trainings, vllm_stages
 from tadistill.plan.throughput import Speeds
 from tadistill.store import Store
@@ -58,6 +58,7 @@ def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[
         if model.load and (base := sources.adapter_base(model.load, model.revision)):
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
     yield from map(escape, served_notes(plan))
+    yield from map(_warning, shared_notes(plan))
     yield from map(escape, asked_notes(plan, store))
     yield from (escape(f"arms.{arm.name}: {sentence}.") for arm in plan.arms for sentence in approximations(plan, arm.name))
     yield from _engines(plan)

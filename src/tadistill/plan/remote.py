@@ -8,11 +8,13 @@ estimated before the first one is sent: from the number of characters of the pro
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from tadistill.config import Method, Recipe
 from tadistill.config.arm import routed
 from tadistill.config.common import DTYPES, Precision
+from tadistill.config.model import ModelConfig
 from tadistill.config.remote import Api, Serve, check_served, check_text_only
 from tadistill.data import datasets, hub
 from tadistill.data.prompts import messages
@@ -27,7 +29,7 @@ from tadistill.plan.inputs import Handle, Loaded
 from tadistill.plan.kinds import AnalyseSpec, AskSpec, DistillSpec, SignalSpec
 from tadistill.rollout.api_teacher import Request, requests
 from tadistill.store import Store
-from tadistill.text import counted, form
+from tadistill.text import counted, form, listed
 
 if TYPE_CHECKING:
     from tadistill.plan.arms import Plan
@@ -47,6 +49,11 @@ def running(spec: Spec) -> tuple[Handle, ...]:
     if isinstance(spec, SignalSpec):
         return (spec.teacher,)
     return (spec.teacher, *spec.assistants) if isinstance(spec, DistillSpec) and spec.method.runs_teacher else ()
+
+
+def from_files(handle: Handle) -> Handle:
+    """Return a model whose weights are read from its files. How its servers run it when it teaches then does not matter."""
+    return handle.model_copy(update={"served_as": None}) if isinstance(handle, Loaded) and handle.served_as else handle
 
 
 def check_teaching(recipe: Recipe, arm: str, teachers: Iterable[str], method: Method) -> None:
@@ -123,6 +130,27 @@ def served_notes(plan: "Plan") -> Iterator[str]:
         yield f"Teacher {name} runs on {where}. For each token that it reads, a server sends {_bytes(model.serve, width, precisions)}."
         if name == plan.teacher and any(isinstance(spec, AnalyseSpec) for spec in specs):
             yield f"The exposure bias is not measured, because the server of {name} writes no answers."
+
+
+def shared_notes(plan: "Plan") -> Iterator[str]:
+    """Yield a sentence for each pair of models that count as one teacher, because they differ only in `serve`."""
+    for (one, first), (two, second) in combinations(plan.recipe.models.items(), 2):
+        if first.serve == second.serve or _without_addresses(first) != _without_addresses(second):
+            continue
+        of_one, of_two = ({arm.name for arm in plan.arms if name in arm.arm.models} for name in (one, two))
+        shared = (s.arms for s in plan.stages.values() if running(s.spec) and s.arms & of_one and s.arms & of_two)
+        if arms := {name for names in shared for name in names}:
+            yield (
+                f"{one} and {two} count as one teacher, because a server of a model's own files changes results only by rounding, so "
+                f"{listed(sorted(arms))} have stages in common. If a server runs other weights, such as quantised ones, give them a name "
+                f"in `models.{two if second.serve else one}.serve.name`."
+            )
+
+
+def _without_addresses(model: ModelConfig) -> tuple[object, ...]:
+    serve = model.serve
+    sent = (serve.signal, serve.other_name(model.load)) if serve else (None, None)
+    return *sent, model.model_dump(include={"load", "revision", "tokenizer", "config", "sft"})
 
 
 def _precision(spec: Spec) -> Precision:

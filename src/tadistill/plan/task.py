@@ -219,6 +219,7 @@ def name_of(plan: "Plan", handle: Handle) -> str | None:
     if not isinstance(handle, Loaded):
         return name_of(plan, handle.of)
     alike = [(name, m) for name, m in plan.recipe.models.items() if (m.load, m.revision) == (handle.source, handle.revision)]
+    alike.sort(key=lambda found: found[1].serve != handle.serve)
     return next((name for name, m in alike if handle.seed is None or m.config == handle.config), None)  # a seed: new, random weights
 
 

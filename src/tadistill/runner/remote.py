@@ -40,6 +40,8 @@ from tadistill.text import form
 if TYPE_CHECKING:
     from tadistill.models.served_model import Checked
 
+_OTHER_NUMBERS = ("--quantization", "--q", "--dtype", "--kv-cache-dtype")
+"""Arguments of `vllm serve` with which a server computes other numbers than the model's files."""
 Found = tuple[str, Literal["ok", "warning", "problem"], str, str]
 """A line of `tadistill doctor`: a title, a state, a description of the server or the problem, and a way to mend it."""
 
@@ -131,6 +133,12 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     if model.load is None or model.load.startswith("scratch:"):
         raise ConfigError(f"models.{name} is not loaded from files, so no server can run it; name a model whose `load` names files")
     serve = model.serve or Serve(at=("http://127.0.0.1:8000",))
+    given = [f"--{each.partition('=')[0].lstrip('-').replace('_', '-')}" for each in more]
+    if serve.name is None and (other := next((each for each in given if each in _OTHER_NUMBERS), None)):
+        raise ConfigError(
+            f"with `{other}`, the server computes other numbers than the files of models.{name}; give the model on the server a name of its "
+            f"own, such as `serve: {{at: {serve.at[0]}, name: {name}-{other.strip('-')}}}`"
+        )
     hub = sources.parse_source(model.load).kind == "hub"
     found = ["vllm", "serve", model.load if hub else str(sources.fetch(model.load, model.revision))]
     found += ["--revision", model.revision] if hub and model.revision != "main" else []

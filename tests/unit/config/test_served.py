@@ -14,6 +14,7 @@ from tadistill.plan.arms import make_plan
 from tadistill.plan.notes import approximations
 from tadistill.plan.preview import preview
 from tadistill.plan.remote import running
+from tadistill.plan.task import name_of
 from tadistill.report.model_card import model_card
 from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown
@@ -136,14 +137,51 @@ def test_what_a_server_cannot_give_is_refused_before_any_work(overrides, recipe)
         make_plan(recipe(*overrides))
 
 
-def test_a_served_teacher_is_not_a_part_of_the_key(recipe, directory):
+def test_a_server_of_the_models_files_is_not_a_part_of_the_key(recipe, directory):
     def key(*overrides):
         return next(key for key, stage in make_plan(recipe(*overrides)).stages.items() if stage.kind == "distill")
 
+    named, other = (key(f"models.xl.serve={{at: http://a:1, name: {name}}}") for name in (directory, "xl-int4"))
+    assert named == key() != other
     served, local, elsewhere = key(), key("models.xl.serve=null"), key("models.xl.serve=[http://b:1,http://c:2]")
     sparse, k = key(TOP_K), key("models.xl.serve={at: http://a:1, gives: top_k, k: 5}")
     assert served == local == elsewhere
     assert len({served, sparse, k}) == 3
+
+
+INT4 = "models.xq={load: DIRECTORY, serve: {at: http://b:1, name: xl-int4}}"
+BOTH = "arms={quantised: xq > s}"
+
+
+def test_a_quantised_server_teaches_a_student_of_its_own(recipe, directory, tmp_path):
+    given = INT4.replace("DIRECTORY", directory), BOTH
+    plan = make_plan(recipe(*given))
+    found = {next(iter(stage.arms)): stage for stage in plan.stages.values() if stage.kind == "distill"}
+    assert found.keys() == {"direct", "quantised"}
+    assert found["quantised"].spec.content()["teacher"]["served_as"] == "xl-int4"
+    assert [name_of(plan, found[arm].spec.teacher) for arm in found] == ["xl", "xq"]
+    assert "count as one teacher" not in notes(plan, tmp_path)
+    of_files, of_server = (  # a student that is pruned from the files learns nothing from the server
+        {key for key in make_plan(recipe(*given[:1], f"models.p={{init: {{from: {name}, layers: 1}}}}", "arms={direct: xl > p}")).stages}
+        for name in ("xl", "xq")
+    )
+    assert of_files == of_server
+
+
+def test_two_arms_that_are_one_training_are_named(recipe, directory, tmp_path):
+    plan = make_plan(recipe(INT4.replace("DIRECTORY", directory).replace(", name: xl-int4", ""), BOTH))
+    assert sum(stage.kind == "distill" for stage in plan.stages.values()) == 1
+    text = " ".join(notes(plan, tmp_path).split())
+    assert "xl and xq count as one teacher, because" in text
+    assert "so direct and quantised have stages in common. If a server runs other weights, such as quantised ones, give them a name" in text
+
+
+@pytest.mark.parametrize("more", [["--quantization", "fp8"], ["--quantization=fp8"], ["-q", "fp8"], ["--kv_cache_dtype", "fp8"]])
+def test_a_server_of_other_numbers_needs_a_name(recipe, more):
+    with pytest.raises(ConfigError, match="computes other numbers than the files of models.xl; give the model on the server a name of its"):
+        server_command(recipe(), "xl", more=more)
+    named = server_command(recipe("models.xl.serve={at: http://a:1, name: xl-fp8}"), "xl", more=more)
+    assert named[named.index("--served-model-name") + 1] == "xl-fp8"
 
 
 def test_a_served_teacher_needs_no_memory_here(recipe):

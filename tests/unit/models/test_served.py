@@ -21,6 +21,7 @@ from tadistill.models.served_model import check_servers, fetch_config, names_of,
 from tadistill.models.served_model_requests import Servers
 from tadistill.models.teachers import teacher_of, top_k_target
 from tadistill.objectives import top_k
+from tadistill.train.monitoring import Meter
 
 from .conftest import random_model, word_tokenizer
 from .served import as_json, refusal, serving
@@ -67,6 +68,18 @@ def test_hidden_states_are_those_of_the_model_and_only_the_needed_tokens_travel(
     assert torch.equal(found.head.weight, expected.head.weight)
     assert texts(here, "/pooling") == [(9, 8, 7), (17, 18, 19, 20), (40, 110), (50, 60, 70, 80, 90)]
     assert teacher.width == VOCAB
+
+
+@pytest.mark.parametrize("gives", ["hidden", "top_k"])
+def test_the_meter_counts_each_logit_once(here, gives):
+    def counted(teacher):
+        meter = Meter(byte_model(seed=4), (teacher,))
+        with meter.counting():
+            teacher.scored(BATCH, VOCAB)
+        return meter.state()["parts"]["training/teacher"]
+
+    served, local = (counted(teacher) for teacher in (connected(here, gives), teacher_of(byte_model(seed=3))))
+    assert served["heads"] == local["heads"] == int(BATCH.mask_BT.sum())
 
 
 def test_half_precision_travels_as_half_precision(here):
