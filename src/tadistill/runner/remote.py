@@ -136,8 +136,8 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     given = [f"--{each.partition('=')[0].lstrip('-').replace('_', '-')}" for each in more]
     if serve.name is None and (other := next((each for each in given if each in _OTHER_NUMBERS), None)):
         raise ConfigError(
-            f"with `{other}`, the server computes other numbers than the files of models.{name}; give the model on the server a name of its "
-            f"own, such as `serve: {{at: {serve.at[0]}, name: {name}-{other.strip('-')}}}`"
+            f"with `{other}`, the server computes other numbers than the files of models.{name}; give the model on the server a name of "
+            f"its own, such as `serve: {{at: {serve.at[0]}, name: {name}-{other.strip('-')}}}`"
         )
     hub = sources.parse_source(model.load).kind == "hub"
     found = ["vllm", "serve", model.load if hub else str(sources.fetch(model.load, model.revision))]
