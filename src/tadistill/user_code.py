@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from tadistill.errors import ConfigError, did_you_mean
+from tadistill.text import listed
 
 _DIGEST = "__tadistill_source__"  # attribute of an imported module: the digest of its source file at the time of the import
 _ADDED: dict[str, set[str]] = {}  # the folder that `_enter` has added to sys.path, and the names of the modules that were imported before
@@ -56,6 +57,13 @@ class OwnFunction:
             signature = inspect.signature(self.call)
         except ValueError:  # some functions written in C have no signature
             return
+        given = signature.parameters.values()
+        names = [each.name for each in given if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)][len(positions) :]
+        unknown = next((name for name in settings if name not in names), None)
+        if unknown and not any(each.kind is each.VAR_KEYWORD for each in given):
+            takes = f"it takes {listed(names)}" if names else "it takes no settings"
+            hint = did_you_mean(unknown, names, f"{takes}; remove the setting, or change the function")
+            raise ConfigError(f"`settings` has `{unknown}`, which `{self.name}` in {self.file} does not take; {hint}")
         try:
             signature.bind(*positions, **settings)
         except TypeError as error:

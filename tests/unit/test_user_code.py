@@ -40,6 +40,7 @@ def loss(student, teacher, scale=1.0):
 """
 
 
+PLACE = r"r.yaml, line 8: `method.objective.function`: "
 BESIDE = "gives a token another value if other tokens are beside it"
 
 
@@ -85,7 +86,16 @@ def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
             ("def score(prediction, references)", "def score(prediction)"),
             r"metrics.0: .* is called with \(prediction, references\)",
         ),
-        (("scale=1.0", "scal=1.0"), r"objective.function: .* is called with \(student_logits, teacher_logits, scale=…\)"),
+        (
+            ("scale=1.0", "scal=1.0"),
+            rf"{PLACE}`settings` has `scale`, which `.*:loss` in .*\.py does not take; did you mean `scal`\?$",
+        ),
+        (("teacher, scale=1.0", "teacher"), r"does not take; it takes no settings; remove the setting, or change the function$"),
+        (("teacher, scale=1.0", "teacher, other, scale=1.0"), r"is called with \(student_logits, teacher_logits, scale=…\)"),
+        (
+            ("def loss", "def los"),
+            rf"{PLACE}`.*:loss`: loss in .*\.py does not exist; did you mean `los`\?",
+        ),
         (("def score", "def scor"), r"score in .*\.py does not exist; did you mean `scor`\?"),
         (("def score", "import nowhere\ndef score"), r"cannot be imported: .*\.py, line 1: ModuleNotFoundError"),
         (("def score", "raise SystemExit(3)\ndef score"), r"cannot be imported: .*\.py, line 1: SystemExit: 3"),
@@ -108,7 +118,7 @@ def test_mistakes_are_found_by_the_plan(study, change, words):
         (("return len(prediction)", "return b'5'"), "returned b'5'; return a number"),
         (("return len(prediction)", "return 10**400"), "returned a number beyond the range of float64; return a finite number"),
         (("return len(prediction)", "return float('nan')"), "returned nan; return a finite number"),
-        ((".sum(-1)", ".sum()"), r"objective.function: .* a tensor of shape \(\) for logits of shape \(5, 420\)"),
+        ((".sum(-1)", ".sum()"), r"objective `.*` in .* a tensor of shape \(\) for logits of shape \(5, 420\)"),
         (("student - teacher", "teacher - teacher"), "has no gradient to the student's logits"),
         (("student - teacher", "student[:, :99] @ teacher"), r"fails on random logits of shape \(5, 420\): RuntimeError"),
         (("return len(prediction)", "raise SystemExit"), "metrics.1: .* for the answer .* failed with SystemExit"),

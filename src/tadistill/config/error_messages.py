@@ -18,6 +18,7 @@ from tadistill.config.data import OF_TRAINING, ONE, SETS
 from tadistill.config.key_help import SYNONYMS
 from tadistill.config.method import METHODS
 from tadistill.config.reference import classes, dotted, groups, meaning, named_classes, tag
+from tadistill.config.shorthand import chooses_on_dev
 from tadistill.errors import did_you_mean_then
 from tadistill.text import counted
 
@@ -47,8 +48,7 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
             key, kind = key[:-1], "too_short"
         if kind == "missing":
             if key not in meant:  # a mistyped key has its own sentence
-                only = " Only a recipe in the short form (with `student`) may leave it out." if key in _SHORT_WITHOUT else ""
-                found.setdefault(key, f" is missing; add it.{only}")
+                found.setdefault(key, f" is missing{_needed(key, raw)}")
             continue
         key = _given(key, raw)  # without the names that pydantic gives to the choices of a union
         if kind == "too_short" and any(other[: len(key)] == key for other in found):
@@ -60,6 +60,13 @@ def problems(error: ValidationError, raw: Any, root: type[BaseModel]) -> list[tu
             continue
         found.setdefault(key, _sentence(kind, problem, key, location, root))
     return [*found.items()]
+
+
+def _needed(key: tuple, raw: Any) -> str:
+    if key == ("data", "dev") and isinstance(raw, dict) and (chosen := chooses_on_dev(raw)):
+        return f", but `{chosen}` chooses a checkpoint on it; add it. A recipe in the short form without `{chosen}` needs no dev."
+    only = " Only a recipe in the short form (with `student`) may leave it out." if key in _SHORT_WITHOUT else ""
+    return f"; add it.{only}"
 
 
 def _own(sentence: str, key: tuple, raw: Any, value: Any) -> tuple[tuple, str]:

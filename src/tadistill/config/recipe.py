@@ -250,11 +250,16 @@ def trains(recipe: Recipe) -> bool:
     return trained or not recipe.arms or any(model.sft for model in recipe.models.values())
 
 
-def own_functions(recipe: Recipe) -> list[str]:
-    """Return the names of all functions in the user's own code that a recipe uses."""
-    groups = [recipe.method, *recipe.methods.values(), *recipe.arms.values(), *(model.distill for model in recipe.models.values())]
-    objectives = [part.objective for group in groups for part in (group, *(group.phases or ()))]
-    return [*(metric.function for metric in recipe.metrics), *(each.function for each in objectives if isinstance(each, Custom))]
+def own_functions(recipe: Recipe) -> dict[tuple, str]:
+    """Return the names of all functions in the user's own code that a recipe uses, each with its key."""
+    groups: dict[tuple, MethodPatch] = {("method",): recipe.method}
+    groups |= {("methods", name): method for name, method in recipe.methods.items()}
+    groups |= {("arms", name): arm for name, arm in recipe.arms.items()}
+    groups |= {("models", name, "distill"): model.distill for name, model in recipe.models.items()}
+    parts = [(at, group) for at, group in groups.items()]
+    parts += [((*at, "phases", i), phase) for at, group in groups.items() for i, phase in enumerate(group.phases or ())]
+    metrics = {("metrics", i, "function"): metric.function for i, metric in enumerate(recipe.metrics)}
+    return metrics | {(*at, "objective", "function"): each.function for at, part in parts if isinstance(each := part.objective, Custom)}
 
 
 def check_acyclic(edges: dict[str, str], what: str) -> None:

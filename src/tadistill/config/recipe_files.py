@@ -17,7 +17,7 @@ import yaml
 
 import tadistill
 from tadistill.config.data import DataRef
-from tadistill.config.recipe import Recipe
+from tadistill.config.recipe import Recipe, own_functions
 from tadistill.errors import WRONG_INPUT, ConfigError
 
 _SUFFIXES = (".yaml", ".yml")
@@ -343,6 +343,5 @@ def _sources(recipe: Recipe) -> Iterator[tuple[tuple, str, str]]:  # a key, how 
     for at, ref in data_sets(recipe):
         part = rf"(\(split|no file|no split) `?{re.escape(ref.split or str(at[1]))}\b|\({at[1]}\)|the {at[1]} set"
         yield from ((at, text, part) for text in (f"`{ref.load}`", f"set `{ref.name}`", *(f"set `{name}`" for name in at[2:])))
-    for name, model in recipe.models.items():
-        loads = {"load": model.load, "tokenizer": model.tokenizer}
-        yield from ((("models", name, key), f"`{load}`", "$^") for key, load in loads.items() if load)
+    models = ((("models", name, key), getattr(model, key)) for name, model in recipe.models.items() for key in ("load", "tokenizer"))
+    yield from ((at, f"`{text}`", "$^") for at, text in (*models, *own_functions(recipe).items()) if text)

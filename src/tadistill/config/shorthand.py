@@ -39,8 +39,7 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     """Turn a recipe in the short form into the long form.
 
     Raises:
-        ConfigError: the recipe also has keys of the long form, `teacher` or `student` is missing, or a checkpoint is chosen
-            without `data.dev`.
+        ConfigError: the recipe also has keys of the long form, or `teacher` or `student` is missing.
     """
     if both := [key for key in WHOLE_KEYS if key in raw]:
         raise ConfigError(f"the recipe has `student` (a key of the short form) and also `{both[0]}`; remove one of these two keys")
@@ -56,9 +55,9 @@ def whole(raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict) and "dev" not in data:
         test = data.get("test")
         if test and isinstance(test, str | dict | list):
-            _check_selects({"method": method, "methods": rest.get("methods")} | models)
-            method, models = _method_without_dev(method), {name: _model_without_dev(model) for name, model in models.items()}
-            data = data | {"dev": test[0] if isinstance(test, list) else test}  # needed, but nothing is measured on it
+            if not chooses_on_dev({"method": method, "methods": rest.get("methods"), "models": models}):  # else it is missing
+                method, models = _method_without_dev(method), {name: _model_without_dev(model) for name, model in models.items()}
+                data = data | {"dev": test[0] if isinstance(test, list) else test}  # needed, but nothing is measured on it
         elif data.get("train") and "test" not in data:
             data = data | {"dev": data["train"]}  # the only mistake is then that the test set is missing
     return {
@@ -91,11 +90,13 @@ def _is_sft(method: Any) -> bool:
     return method.get("name") == "sft" and all(method.get(part) in (None, [], plain.get(part)) for part in others)
 
 
-def _check_selects(recipe: dict[str, Any]) -> None:
-    for key, chosen in _selects(recipe):
+def chooses_on_dev(recipe: dict[str, Any]) -> str:
+    """Return the first key `select` of a recipe in the long form that chooses a checkpoint on dev. Empty if none does."""
+    for key, chosen in _selects({part: recipe.get(part) for part in ("method", "methods", "models", "arms")}):
         metric = chosen.get("metric", "loss" if "every" in chosen else "last")  # as in the long form, `every` may stand beside `last`
         if chosen.get("patience") or metric != "last":
-            raise ConfigError(f"{key} chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `{key}`")
+            return key
+    return ""
 
 
 def _method_without_dev(method: Any) -> Any:

@@ -334,9 +334,8 @@ def plan_objective(objective: ObjectiveBase, folder: str | None) -> OwnCode | No
     """Return the function of a custom objective. Return None for any other objective. Raises ConfigError if the function is unusable."""
     if not isinstance(objective, Custom):
         return None
-    with about("objective.function"):
-        found = load_function(objective.function, folder)
-        found.check("an objective is called with", "student_logits", "teacher_logits", **objective.settings)
+    found = load_function(objective.function, folder)
+    found.check("an objective is called with", "student_logits", "teacher_logits", **objective.settings)
     return OwnCode(function=found.name, source=found.digest)
 
 

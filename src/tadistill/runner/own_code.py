@@ -60,8 +60,7 @@ def try_objectives(plan: Plan, vocab: Callable[[str], int]) -> None:
         objective = spec.method.objective
         if isinstance(objective, Custom) and (case := (objective, _columns(plan, stage, spec, vocab(stage.model)))) not in tried:
             tried.append(case)
-            with about("objective.function"):
-                _try_objective(objective, plan.recipe.runtime.code, case[1])
+            _try_objective(objective, plan.recipe.runtime.code, case[1])
 
 
 def _columns(plan: Plan, stage: Stage, spec: TrainingSpec, vocab: int) -> int:

@@ -134,7 +134,7 @@ def test_the_short_form_has_phases():
     short = {"study": "t", "teacher": "gpt2-xl", "student": "gpt2", "data": "dolly", "methods": OWN, "method": "both"}
     assert [share for _, share in phases_of(validate(short).method)] == [0.25, 0.75]
     no_dev = short | {"data": {"train": "dolly", "test": "dolly"}, "method": {"phases": [{"select": {"metric": "rouge_l"}}, {}]}}
-    with pytest.raises(ConfigError, match=r"chooses a checkpoint on dev, but `data.dev` is missing"):
+    with pytest.raises(ConfigError, match=r"`data.dev` is missing, but `method.phases.0.select` chooses"):
         validate(no_dev)
 
 

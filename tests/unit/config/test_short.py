@@ -76,12 +76,15 @@ def test_without_dev_the_last_weights_are_kept():
 @pytest.mark.parametrize(
     ("select", "words"),
     [
-        ({"patience": 2}, "{0} chooses a checkpoint on dev, but `data.dev` is missing; add `data.dev`, or remove `{0}`"),
-        ({"metric": "loss"}, "{0} chooses a checkpoint on dev, but `data.dev` is missing"),
-        ({"every": 50}, "{0} chooses a checkpoint on dev, but `data.dev` is missing"),
+        (
+            {"patience": 2},
+            "`data.dev` is missing, but `{0}` chooses a checkpoint on it; add it. A recipe in the short form",
+        ),
+        ({"metric": "loss"}, "`data.dev` is missing, but `{0}` chooses a checkpoint on it"),
+        ({"every": 50}, "`data.dev` is missing, but `{0}` chooses a checkpoint on it"),
         ({"evry": 50}, "`{0}.evry` is not a known key; did you mean `every`?"),
         ({"metric": "last", "every": 0}, "{0}.every"),
-        ({"metric": "last", "patience": "x"}, "{0} chooses a checkpoint on dev"),
+        ({"metric": "last", "patience": "x"}, "`{0}` chooses a checkpoint on it"),
         ([3], "{0}"),
         ([], "{0}"),
     ],
@@ -150,6 +153,19 @@ def test_a_missing_key_is_the_only_mistake_that_is_named(changes, words):
     with pytest.raises(ConfigError) as error:
         validate({key: value for key, value in (SHORT | changes).items() if value is not None})
     assert list(error.value.problems) == words
+
+
+def test_a_missing_dev_set_is_named_with_all_other_mistakes_and_their_lines(tmp_path):
+    """The message had no line, and the other mistakes were shown only when it was mended."""
+    (tmp_path / "r.yaml").write_text(
+        "study: mine\nteacher: A/B\nstudent: {load: A/C, lora: {lora_alpha: 16}}\ndata: {train: a, test: b}\n"
+        "method: {select: {patience: 3}}\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "r.yaml")
+    (alpha, dev) = sorted(error.value.problems)
+    assert "line 3: `models.student.lora.lora_alpha` is not a known key; did you mean `alpha`?" in alpha
+    assert "line 4: `data.dev` is missing, but `method.select` chooses a checkpoint on it; add it." in dev
 
 
 def test_a_message_names_the_line(tmp_path):
