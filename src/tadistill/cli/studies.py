@@ -137,7 +137,8 @@ def judge(
     mode: Annotated[
         str,
         typer.Option(
-            help="pair: choose the better of two answers. score: rate an arm in % of the scores of the references, as MiniLLM does."
+            help="pair: choose the better of two answers. score: rate an arm in % of the scores of the references, as MiniLLM does.",
+            metavar="<pair|score>",
         ),
     ] = "pair",
     arm: Arms = None,

@@ -29,6 +29,7 @@ _QUESTIONS = {
     "data": "Data (.jsonl file, folder with train.jsonl, dev.jsonl and test.jsonl, hub id, or a name such as dolly)",
     "method": "Method",
 }
+_METHODS = "sft, kd, seqkd, imitkd, gkd, on-policy-rkl, minillm, minillm-official, distillm, distillm-2, skd, abkd, taid, amid"
 _ROLES = ("train", "dev", "test")
 _NO_CORPUS = ("minillm", "minillm-official")
 
@@ -39,7 +40,7 @@ def new(
     teacher: Annotated[str | None, typer.Option("--teacher", help="Hub id or directory of the teacher.")] = None,
     student: Annotated[str | None, typer.Option("--student", help="Hub id or directory of the student.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="A .jsonl file, a folder, a Hub id, or the name of a data set.")] = None,
-    method: Annotated[str | None, typer.Option("--method", help="Name of the method, such as gkd.", autocompletion=complete_method)] = None,
+    method: Annotated[str | None, typer.Option("--method", help=f"Name of the method: {_METHODS}.", autocompletion=complete_method)] = None,
 ) -> None:
     """Write a commented recipe of one distillation. The command asks for each option that is not given."""
     from tadistill.config.load import parse
@@ -66,6 +67,8 @@ def new(
             f"{file} cannot be written ({error.strerror}); give a file in an existing folder with write permission"
         ) from error
     console.say(f"wrote {file}")
+    if _is_missing(str(given["data"])):
+        console.note(f"{given['data']} does not exist yet; write this file, or correct `data` in {file}")
     console.say(f"next: {shlex.join(['tadistill', 'plan', str(file)])}")
 
 
@@ -147,7 +150,12 @@ def _set(data: str, role: str, file: Path) -> tuple[Any, bool]:
         other = path.with_name(path.name.replace("train", role))
         there = other.is_file() and (role == "train" or other != path)
         return (_moved(str(other) if there else data, file), role != "train" and not there)
-    return data, False
+    return data, role != "train" and _is_missing(data)
+
+
+def _is_missing(data: str) -> bool:
+    path = Path(os.path.expanduser(data))
+    return path.suffix == ".jsonl" and not path.exists()
 
 
 def _moved(text: str, file: Path) -> str:

@@ -116,7 +116,7 @@ def gpus() -> Check:
     """List the GPUs of this machine. A login node has no GPU."""
     out = output_of("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     found = [line.strip() for line in (out or "").splitlines() if line.strip()]
-    return Check("gpus", "ok", "; ".join(found) or "none found; this is normal on a login node, because jobs get their own GPUs")
+    return Check("gpus", "ok", "; ".join(found) or "none found; training here uses the CPU, and the jobs of a cluster get their own GPUs")
 
 
 def slurm(site: str | None) -> Check:

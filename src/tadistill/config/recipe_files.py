@@ -43,8 +43,8 @@ def shipped() -> dict[str, Path]:
 
 def summary(recipe: Path) -> str:
     """Return the first sentence of the comment at the start of a recipe file."""
-    with recipe.open(encoding="utf-8") as lines:
-        return re.split(r"(?<=\.) (?=[A-Z])", next(lines, "").strip("# \n"), maxsplit=1)[0]
+    comment = re.findall(r"\A(?:# (?! ).+\n)+", recipe.read_text(encoding="utf-8"))[0]  # the lines of commands are indented
+    return re.split(r"(?<=\.) (?=[A-Z`])", " ".join(comment.replace("# ", "").split()), maxsplit=1)[0]
 
 
 def located(recipe: str | Path) -> Path:

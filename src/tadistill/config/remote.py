@@ -65,6 +65,11 @@ class Serve(Strict):
     requests: int = Field(default=8, ge=1, le=1024)
     """Number of requests that wait for an answer from one server at the same time. A request contains one sequence."""
 
+    def tokens_for(self, longest: int) -> int:
+        """Return the length that the server must allow for texts of up to `longest` tokens. A server that generates also samples one token
+        after a text; one that sends hidden states does not."""
+        return longest + (self.gives == "top_k")
+
     @field_validator("at", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _listed(cls, value: Any) -> Any:

@@ -268,11 +268,11 @@ def _check(
     servers: Servers, at: str, name: str, takes: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, longest: int
 ) -> Checked:
     serve = servers.serve
-    ahead = serve.gives == "top_k"  # then the server always samples one token after the text
-    if takes is not None and longest + ahead > takes:
+    needed = serve.tokens_for(longest)
+    if takes is not None and needed > takes:
         raise ServerFailed(
-            f"the server {at} of `{servers.model}` takes at most {takes} tokens, but the recipe allows {longest + ahead}; start it with "
-            f"`--max-model-len {longest + ahead}`, or lower `data.max_prompt`, `data.max_length` or `sampler.max_new_tokens`"
+            f"the server {at} of `{servers.model}` takes at most {takes} tokens, but the recipe allows {needed}; start it with "
+            f"`--max-model-len {needed}`, or lower `data.max_prompt`, `data.max_length` or `sampler.max_new_tokens`"
         )
     compared = _same_tokens(servers, at, name, tokenizer)
     last = vocabulary(tokenizer).size - 1

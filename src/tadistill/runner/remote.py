@@ -124,7 +124,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
         more: further arguments of `vllm serve`. They override the computed arguments.
 
     Raises:
-        ConfigError: the recipe has no such model, or the model is not loaded from files.
+        ConfigError: the recipe has no such model, or the model is not loaded from files, or the study trains it.
         ModelError: the files cannot be found.
     """
     if name not in recipe.models:
@@ -132,6 +132,9 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     model = recipe.models[name]
     if model.load is None or model.load.startswith("scratch:"):
         raise ConfigError(f"models.{name} is not loaded from files, so no server can run it; name a model whose `load` names files")
+    trained = {other for arm in recipe.arms.values() for other in arm.learners or (arm.last if arm.objective else ())}
+    if model.sft or model.lora or name in trained | {*(recipe.search.models[1:] if recipe.search else ())}:
+        raise ConfigError(f"models.{name} is trained by this study, so no server can run it; name a model that only teaches")
     serve = model.serve or Serve(at=("http://127.0.0.1:8000",))
     given = [f"--{each.partition('=')[0].lstrip('-').replace('_', '-')}" for each in more]
     if serve.name is None and (other := next((each for each in given if each in _OTHER_NUMBERS), None)):
@@ -147,7 +150,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     # the number format in which a training in this process would run the teacher; bf16 if trainings differ
     precisions = {method.optim.precision for method in methods(recipe)}
     dtype = DTYPES["fp32" if precisions <= {"fp32"} else "bf16"]
-    found += ["--dtype", dtype, "--max-model-len", str(longest_text(recipe) + 1), "--no-enable-prefix-caching"]
+    found += ["--dtype", dtype, "--max-model-len", str(serve.tokens_for(longest_text(recipe))), "--no-enable-prefix-caching"]
     if serve.gives == "top_k":
         return [*found, "--max-logprobs", str(serve.k), *more]
     pooler = json.dumps({"task": "token_embed", "use_activation": False})

@@ -139,8 +139,11 @@ def _save_plan(plan: Plan, runs: Path, recipe_text: str, command: str, console: 
     kept, changed = keep_report(study, content), _changed(old, content) if old else []
     sentences = [f"{study.name} has other settings than in its last run: {listed(changed)}"] if changed else []
     if kept:
-        copied = command_for("export", kept.parent, "ARM")
-        sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; `{copied}` works")
+        copies = any(stage.spec.trains for stage in plan.stages.values())
+        works = (
+            f"`{command_for('export', kept.parent, 'ARM')}` works" if copies else f"`{command_for('report', kept.parent)}` writes it again"
+        )
+        sentences.append(f"The earlier report shows other evaluations, so it was moved to {kept}; {works}")
     if sentences:
         console.note(". ".join(sentences))
     write_json(path, content)

@@ -10,7 +10,7 @@ from tests.byte_models import CHATML, ROWS, byte_model, byte_tokenizer, save, wr
 from typer.testing import CliRunner
 
 from tadistill.cli import app
-from tadistill.cli.writing import recipe_text
+from tadistill.cli.writing import _METHODS, recipe_text
 from tadistill.config import load
 from tadistill.config.method import METHODS
 from tadistill.config.schema import recipe_schema, schema_file
@@ -91,6 +91,10 @@ def test_without_a_terminal_one_sentence_names_the_options(tmp_path):
     assert not (tmp_path / "a.yaml").exists()
 
 
+def test_the_help_lists_the_methods():
+    assert set(_METHODS.split(", ")) == set(METHODS)
+
+
 def test_a_file_is_never_overwritten(tmp_path):
     (tmp_path / "a.yaml").write_text("mine")
     with pytest.raises(ConfigError, match="already exists; choose another name for the new recipe"):
@@ -105,11 +109,13 @@ def test_a_file_is_never_overwritten(tmp_path):
         ("rows/train.jsonl", ["../rows/train.jsonl", "../rows/dev.jsonl", "../rows/test.jsonl"], 0),
         ("all.jsonl", ["../all.jsonl"] * 3, 2),
         ("dolly", ["dolly"] * 3, 0),
+        ("nope.jsonl", ["nope.jsonl"] * 3, 2),
     ],
 )
 def test_data_becomes_three_sets_with_paths_from_the_recipe(inputs, data, loads, changes):
     file = inputs / "recipes" / f"{data.replace('/', '-')}.yaml"
-    new(str(file), *flags(data=data))
+    said = new(str(file), *flags(data=data)).output
+    assert (f"{data} does not exist yet; write this file" in said) == (data == "nope.jsonl")
     text = file.read_text()
     content = yaml.safe_load(text)
     assert [content["data"][role] for role in ("train", "dev", "test")] == loads

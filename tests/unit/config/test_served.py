@@ -304,6 +304,24 @@ def test_the_command_of_a_server(recipe, directory):
         server_command(recipe(), "s")
 
 
+def test_a_model_that_the_study_trains_cannot_be_served(recipe, directory):
+    """`tadistill serve RECIPE STUDENT --dry-run` printed a command."""
+    trained = f"models.q={{load: {directory}}}"
+    for change in ("arms.b=xl > q", "models.q.sft={optim: {steps: 1}}", "models.q.lora={r: 2}"):
+        with pytest.raises(
+            ConfigError, match=r"models\.q is trained by this study, so no server can run it; name a model that only teaches"
+        ):
+            server_command(recipe(trained, change), "q")
+
+
+def test_the_length_of_a_server_is_that_of_the_longest_text(recipe):
+    """vLLM refuses `--max-model-len` above the positions of a model. A server of hidden states takes texts of this length; one that
+    generates takes only shorter ones (`_validate_prompt_len` of vLLM 0.32)."""
+    lengths = [server_command(recipe(*given), "xl") for given in ((), (TOP_K,))]
+    longest = longest_text(recipe())
+    assert [found[found.index("--max-model-len") + 1] for found in lengths] == [str(longest), str(longest + 1)]
+
+
 def test_serve_starts_the_vllm_that_the_environment_names(recipe, monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(os, "execve", lambda program, command, _: started.append((program, command)))

@@ -25,7 +25,9 @@ def elsewhere(tmp_path, monkeypatch):
 def test_every_recipe_of_the_repository_is_shipped_and_has_a_line():
     assert {*shipped().values()} == {*(ROOT / "recipes").rglob("*.yaml")}
     assert [*shipped()][:2] == ["objectives", "quickstart"]
-    assert all(len(summary(path)) > 20 for path in shipped().values())
+    lines = [summary(path) for path in shipped().values()]
+    assert all(len(line) > 20 and line.endswith((".", "?")) for line in lines)  # one ended at the end of the file's first line
+    assert not [line for line in lines if ".yaml" in line or "docs/" in line]  # a reader of the list sees neither
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "recipes/quickstart"])

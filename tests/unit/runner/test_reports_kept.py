@@ -83,14 +83,20 @@ def test_the_settings_that_differ_from_the_last_run_are_named(tmp_path):
     (folder,) = (tmp_path / "kept" / "earlier").iterdir()
     first = "kept has other settings than in its last run: evaluate.temperature 1.0 → 0.0 and arms.b (new). "
     assert said.startswith(first)
-    command = f"tadistill export kept/earlier/{folder.name} ARM --runs {tmp_path}"
-    assert said.endswith(f"was moved to {folder / 'report.html'}; `{command}` works\n")
+    command = f"tadistill report kept/earlier/{folder.name} --runs {tmp_path}"
+    assert said.endswith(f"was moved to {folder / 'report.html'}; `{command}` writes it again\n")
     assert "seeds [1, 2] → [3], evaluate.temperature 0.0 → 1.0, arms.b (removed) and 1 more. " in save(tmp_path, "margin=0.4", "seeds=[3]")
     plan = tmp_path / "kept" / "plan.json"
     content = json.loads(plan.read_text())
     del content["recipe"]["margin"]  # a plan of another version
     plan.write_text(json.dumps(content))
     assert "margin" not in save(tmp_path, "seeds=[3]").partition("report")[0]
+
+
+def test_a_trained_model_of_an_earlier_report_can_be_copied(tmp_path):
+    """A study that trains nothing has nothing to copy."""
+    save(tmp_path, "models.a.sft={optim: {steps: 1}}")
+    assert "ARM --runs" in save(tmp_path, "models.a.sft={optim: {steps: 1}}", "seeds=[1]").partition("; `tadistill export")[2]
 
 
 @pytest.mark.parametrize("damaged", ["{", "[1]", "{}", '{"created": "today"}', '{"created": "today", "recipe": 3}'])
