@@ -342,7 +342,7 @@ def _not_json(line: str, where: str, error: json.JSONDecodeError) -> DataError:
         kind = _OtherFile if start == "{" else DataError  # as `json.dump` with an indent writes it
         what = "a JSON object that does not end on this line (`jq -c . FILE` writes each object on one line)"
     elif start[0] != "{":
-        what = 'not JSON (write the row as {"instruction": "…", "output": "…"}, for instance)'
+        what = 'not JSON (write a row as {"instruction": "…", "output": "…"}, for instance, and a document of a corpus as {"text": "…"})'
     else:
         what = f"not JSON ({error.msg} at character {error.pos + 1})"
     return kind(f"{where} is {what}; every line must be one JSON object")

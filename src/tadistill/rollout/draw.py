@@ -42,8 +42,13 @@ class Mixture:
     teacher: PreTrainedModel
     alpha: float
 
-    def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
+    def probabilities(self, q_BV: Tensor, p_BV: Tensor, teacher_BV: Tensor) -> Tensor:
+        """Return b. `teacher_BV` has the teacher's logits before the decoding settings, on which this guide does not depend."""
         return torch.lerp(q_BV, p_BV, self.alpha)  # exactly q at alpha 0, and exactly p at alpha 1
+
+    def greedy(self, q_BV: Tensor, p_BV: Tensor, teacher_BV: Tensor) -> Tensor:
+        """Return the most probable token (B,) of every row."""
+        return self.probabilities(q_BV, p_BV, teacher_BV).argmax(-1)
 
     def switch(self, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Decide which model draws each token. Return a mask that is True for the teacher, and new random numbers in [0, 1) for the draws.
@@ -61,17 +66,28 @@ class Speculation:
 
     The teacher accepts a proposed token if it is one of the teacher's `k` most probable tokens. Otherwise the teacher draws the token. Let
     Q be the sum of q over these k tokens. A token y then has the probability b(y) = q(y) + (1 - Q) p(y) if it is one of them, and
-    b(y) = (1 - Q) p(y) if not.
+    b(y) = (1 - Q) p(y) if not. Decoding settings such as top-p change q and p, but not the k tokens: if they did, fewer than k tokens could
+    have a probability above 0, and any tokens of probability 0 would be accepted with them.
     """
 
     teacher: PreTrainedModel
     k: int
 
-    def probabilities(self, q_BV: Tensor, p_BV: Tensor) -> Tensor:
-        top_BK = p_BV.topk(min(self.k, p_BV.shape[1]), sorted=False).indices
+    def probabilities(self, q_BV: Tensor, p_BV: Tensor, teacher_BV: Tensor) -> Tensor:
+        """Return b. `teacher_BV` has the teacher's logits before the decoding settings."""
+        top_BK = self._top(teacher_BV)
         accepted_BK = q_BV.gather(1, top_BK)
         refused_B1 = (1 - accepted_BK.sum(1, keepdim=True)).clamp_(min=0)
         return (p_BV * refused_B1).scatter_add_(1, top_BK, accepted_BK)
+
+    def greedy(self, q_BV: Tensor, p_BV: Tensor, teacher_BV: Tensor) -> Tensor:
+        """Return the student's most probable token (B,) of every row if the teacher accepts it, and otherwise the teacher's."""
+        proposed_B = q_BV.argmax(-1)
+        accepted_B = (self._top(teacher_BV) == proposed_B.unsqueeze(1)).any(1)
+        return torch.where(accepted_B, proposed_B, p_BV.argmax(-1))
+
+    def _top(self, teacher_BV: Tensor) -> Tensor:
+        return teacher_BV.topk(min(self.k, teacher_BV.shape[1]), sorted=False).indices
 
 
 Guide = Mixture | Speculation
@@ -118,13 +134,13 @@ def next_tokens(
     """
     raw = {name: z.softmax(-1) for name, z in logits.items()}
     warped = raw if scores is logits else {name: z.softmax(-1) for name, z in scores.items()}
-    b_BV = guide.probabilities(warped["student"], warped["teacher"]) if guide else warped["student"]
+    guided = (warped["student"], warped["teacher"], logits["teacher"]) if guide else ()
     if greedy:
         # without a guide, the scores decide, because softmax can make two large scores equal
-        tokens = (b_BV if guide else scores["student"]).argmax(-1)
-        behaviour = torch.zeros_like(b_BV[:, 0])
+        tokens = guide.greedy(*guided) if guide else scores["student"].argmax(-1)
+        behaviour = torch.zeros_like(uniforms_B, dtype=torch.float32)
     else:
-        weights_BV = b_BV
+        b_BV = weights_BV = guide.probabilities(*guided) if guide else warped["student"]
         if isinstance(guide, Mixture):
             teachers_B, uniforms_B = guide.switch(uniforms_B)
             weights_BV = torch.where(teachers_B.unsqueeze(1), warped["teacher"], warped["student"])

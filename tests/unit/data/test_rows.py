@@ -182,7 +182,7 @@ def test_half_characters_are_refused_in_every_column(read, row, settings):
         (b'{"instruction":"x","output":' + b"[" * 100000 + b"]" * 100000 + b"}\n", "line 1 cannot be read .it is nested too deeply"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "line 1 is part of a pointer of Git LFS"),
         (json.dumps([OK]).encode(), "line 1 is a JSON array .`jq -c"),
-        (b"instruction,output\na,b\n", 'line 1 is not JSON .write the row as {"instruction"'),
+        (b"instruction,output\na,b\n", 'line 1 is not JSON .write a row as {"instruction"'),
         (b'{"instruction": "a" "output"}', "line 1 is not JSON .Expecting ',' delimiter at character 21"),
         (b'"text"', "line 1 is a str; every line must be one JSON object"),
         (json.dumps([OK], indent=1).encode(), "line 1 is the start of a JSON array"),
@@ -233,6 +233,18 @@ def test_a_corpus_is_read_before_any_work(tmp_path, texts, words):
     data = Data.model_validate({"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"]})
     with pytest.raises(DataError, match=words):
         survey.check_corpus(corpus(tmp_path, *texts), data)
+
+
+def test_the_fix_of_a_wrong_corpus_leads_to_a_right_one(tmp_path):
+    data = Data.model_validate({"train": "tinyworld", "dev": "tinyworld", "test": ["tinyworld"]})
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("A document.\n")
+    with pytest.raises(DataError, match=r'a document of a corpus as \{"text": "…"\}'):
+        survey.check_corpus(DataRef(load=str(path)), data)
+    path.write_text('{"body": "A document."}\n')
+    with pytest.raises(DataError, match=r"no column `text` \(the text of a document\).* for instance columns: \{text: body\}"):
+        survey.check_corpus(DataRef(load=str(path)), data)
+    survey.check_corpus(DataRef(load=str(path), columns={"text": "body"}), data)
 
 
 def test_every_sequence_of_a_corpus_begins_with_bos_once():

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from tests.unit.runner.small import small
 
-from tadistill.config import load
+from tadistill.config import load, parse
 from tadistill.models import sources
 from tadistill.plan.arms import Plan, make_plan
 
@@ -118,6 +120,26 @@ def test_keys_are_the_committed_ones(name, data, tmp_path, monkeypatch):
 
 def test_no_recipe_is_forgotten():
     assert json.loads(KEYS.read_text()).keys() == all_recipes().keys()
+
+
+def test_only_speculative_sampling_with_decoding_settings_has_another_version():
+    """Its teacher accepted tokens of probability 0."""
+
+    def method(**sampler) -> dict:
+        arm = {
+            "path": "xl > s",
+            "method": "skd",
+            "sampler": {"max_new_tokens": 4, **sampler},
+            "optim": {"steps": 1, "batch": 2},
+            "select": {"metric": "last"},
+        }
+        model = yaml.safe_load(small("xl"))["models"]["xl"]
+        changed = [f"models.s={json.dumps(model)}", f"arms={json.dumps({'a': arm})}"]
+        stages = make_plan(parse(small("xl"), changed, source="small.yaml")).stages.values()
+        return next(stage.spec.content() for stage in stages if stage.kind == "distill")
+
+    assert "speculation" not in method()
+    assert all(method(**changed)["speculation"] == 2 for changed in ({"top_p": 0.9}, {"temperature": 0}))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from tadistill import rng
 from tadistill.config.common import Decoding
 from tadistill.rollout.decoder import InPlaceLayer, in_place_cache
-from tadistill.rollout.draw import Mixture, Record, Speculation, draw
+from tadistill.rollout.draw import Mixture, Record, Speculation, draw, next_tokens, processors
 from tadistill.rollout.engine import sample
 
 PROMPTS = [(5, 6, 7), (9,), (3, 4, 5, 6, 7, 8, 9), (11, 12), (20, 21, 22, 23), (1, 2), (30, 29, 28), (17,)]
@@ -163,15 +163,17 @@ def test_padding_is_part_of_no_n_gram():
 # --- values -------------------------------------------------------------------------------------------------------------
 
 
-def speculated(q: torch.Tensor, p: torch.Tensor, k: int) -> torch.Tensor:
-    """The law of SKD, case by case: the student's token if the teacher ranks it among k, else one of the teacher's."""
-    rank = p.argsort(-1, descending=True).argsort(-1)
+def speculated(q: torch.Tensor, p: torch.Tensor, k: int, teacher: torch.Tensor | None = None) -> torch.Tensor:
+    """The law of SKD, case by case: the student's token if the teacher ranks it among k, else one of the teacher's.
+
+    `teacher` has the teacher's logits before decoding settings, by which it ranks; without settings, its probabilities rank alike."""
+    rank = (p if teacher is None else teacher).argsort(-1, descending=True).argsort(-1)
     return torch.where(rank < k, q, 0) + q.masked_fill(rank < k, 0).sum(-1, keepdim=True) * p
 
 
 GUIDES = {
-    "mixture": (lambda teacher: Mixture(teacher, 0.3), lambda q, p: 0.7 * q + 0.3 * p),
-    "speculation": (lambda teacher: Speculation(teacher, 3), lambda q, p: speculated(q, p, 3)),
+    "mixture": (lambda teacher: Mixture(teacher, 0.3), lambda q, p, _: 0.7 * q + 0.3 * p),
+    "speculation": (lambda teacher: Speculation(teacher, 3), lambda q, p, teacher: speculated(q, p, 3, teacher)),
 }
 
 
@@ -189,7 +191,7 @@ def test_values_and_hidden_states_are_those_of_a_full_forward_pass(kind, guide, 
         expected = {
             "student": log_probs(of_student, rollout.tokens),
             "teacher": log_probs(of_teacher, rollout.tokens),
-            "behaviour": log_probs(law(q, p).log(), rollout.tokens),
+            "behaviour": log_probs(law(q, p, of_teacher).log(), rollout.tokens),
         }
         assert set(rollout.values) == set(expected)
         for name, values in expected.items():
@@ -242,6 +244,23 @@ def test_frequencies_follow_the_guided_distribution(make, law):
     assert_frequencies(np.array([r.tokens[0] for r in rollouts]), law(q, p).numpy())
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.3}, {"min_p": 0.5}, {"temperature": 0.01}], ids=str)
+def test_a_teacher_accepts_its_most_probable_tokens_under_all_decoding_settings(settings):
+    """After these settings, the teacher has fewer than k tokens of probability above 0; those of probability 0 are not accepted for it."""
+    torch.manual_seed(0)
+    logits = {"student": 3 * torch.randn(6, 40), "teacher": 3 * torch.randn(6, 40)}
+    warpers = processors(Decoding(**settings))
+    scores = {name: warpers(torch.zeros(6, 1).long(), z) for name, z in logits.items()}
+    q, p = (scores[name].softmax(-1) for name in ("student", "teacher"))
+    teacher = logits["teacher"]
+    assert ((p > 0).sum(-1) < 25).all()
+    b = Speculation(None, 25).probabilities(q, p, teacher)
+    torch.testing.assert_close(b, speculated(q, p, 25, teacher))
+    assert (b[teacher < teacher.topk(25).values[:, -1:]] <= p[teacher < teacher.topk(25).values[:, -1:]]).all()
+    _, values = next_tokens(logits, scores, torch.rand(6, dtype=torch.float64), Speculation(None, 25), greedy=False)
+    assert values["behaviour"].isfinite().all()
+
+
 @pytest.mark.parametrize("vocab", [1000, 1024, 37])
 def test_draws_in_two_levels_follow_the_weights(vocab):
     """Also where the vocabulary ends inside a block or before the first is full."""
@@ -279,6 +298,24 @@ def test_greedy_with_a_guide_is_the_mode_of_the_mixture():
         q, p = (full_forward(m, prompt, rollout.tokens)[0].softmax(-1) for m in (student, teacher))
         assert rollout.tokens == tuple((0.4 * q + 0.6 * p).argmax(-1).tolist())
         assert not rollout.values["behaviour"].any()
+
+
+def test_greedy_speculation_keeps_the_students_token_if_the_teacher_accepts_it():
+    student, teacher = shared_model("llama"), shared_model("llama", seed=3)
+    kept = 0
+    for k in (1, 12, VOCAB):
+        for prompt, rollout in zip(
+            PROMPTS,
+            sample(student, PROMPTS, uniforms(8, 6), eos=EOS, vocab=VOCAB, decoding=GREEDY, guide=Speculation(teacher, k)),
+            strict=True,
+        ):
+            of_student, of_teacher = (full_forward(m, prompt, rollout.tokens)[0] for m in (student, teacher))
+            for token, q, p in zip(rollout.tokens, of_student, of_teacher, strict=True):
+                proposed = int(q.argmax())
+                accepted = int((p > p[proposed]).sum()) < k
+                assert token == (proposed if accepted else int(p.argmax()))
+                kept += accepted and k == 12
+    assert 0 < kept < 8 * 6
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------------
