@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tadistill.config import Arm, Method, Recipe, Sft
 from tadistill.config.arm import ModelPath, flat, is_route, routed
+from tadistill.config.recipe import distillations
 from tadistill.config.recipe_files import placed
 from tadistill.config.sampling import DatasetSampler
 from tadistill.errors import ConfigError, NotHere
@@ -201,7 +202,7 @@ class _Planner:
             first = teaching(self.stages, name, arm, path[0], made, seed, self._path_of)
             handles = [handle for _, handle in first[:1]]
             for i, model in enumerate(path[1:], 1):
-                stages, scale = self._asking(arm, path[:i], budget)
+                stages, scale = self._asking(arm, path[:i], model, budget)
                 phases, trained = planned_phases(stages, name, arm, model, scale / arm.learners.count(model)), []
                 for number, (method, _) in enumerate(phases, 1):
                     teachers = first if i == 1 else list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
@@ -218,10 +219,12 @@ class _Planner:
                 turns.append(model)
         return _Made(handles, phases, trained)
 
-    def _asking(self, arm: Arm, above: ModelPath, budget: Budget) -> tuple[StageBuilder, float]:
+    def _asking(self, arm: Arm, above: ModelPath, model: str, budget: Budget) -> tuple[StageBuilder, float]:
         # the builder and the factor on the updates for a model that learns from the last model of `above`, or from all of them
-        dense = arm.dense or self.recipe.method.dense
-        if arm.teacher_budget is None or original_teacher(self.recipe) not in (above if dense else above[-1:]):
+        if arm.teacher_budget is None:
+            return self.stages, budget.updates
+        dense = any(method.dense for method, _, learner in distillations(self.recipe, arm) if learner == model)
+        if original_teacher(self.recipe) not in (above if dense else above[-1:]):
             return self.stages, budget.updates
         stages = copy.copy(self.stages)
         stages.rows = budget.rows

@@ -71,6 +71,22 @@ def test_in_a_chain_the_first_step_asks_and_compute_sets_the_others():
     assert arms_of(found)["chain"].flops - teacher == pytest.approx(4 * (arms_of(found)["direct"].flops - teacher), rel=0.05)
 
 
+def test_dense_teachers_are_asked_wherever_the_recipe_sets_dense():
+    """The student of a dense chain learns from the original teacher too, so its updates count."""
+    models, dense = recipe()["models"], {"dense": {"kind": "arithmetic"}}
+    chain = {"path": "xl > l > s", "teacher_budget": "as direct"}
+    half = {"share": 0.5}
+    plans = [
+        planned({"direct": "xl > s", "chain": chain | dense}),
+        planned({"direct": "xl > s", "chain": chain}, models=models | {"s": models["s"] | {"distill": dense}}),
+        planned({"direct": "xl > s", "chain": chain | {"phases": [half | dense, half | dense]}}),
+    ]
+    for found in plans:
+        assert arms_of(found)["chain"].asked == pytest.approx(arms_of(found)["direct"].asked, rel=0.1)
+        assert sum(stage.steps for stage in stages_of(found, "chain", DistillSpec) if stage.model == "s") == 2
+        assert not [*off_teacher_budget(found)]
+
+
 def test_the_key_of_an_arm_without_a_budget_stays():
     alone = planned({"direct": "xl > s"})
     both = planned({"direct": "xl > s", "seqkd": {"path": "xl > s", **TEXT, "teacher_budget": "as direct"}})
