@@ -52,11 +52,16 @@ def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[
     yield from map(_warning, (*_few_seeds(plan), *_unfair(plan)))
     yield (
         "FLOPs include all training in this study that an arm's final model needs, also the fine-tuning of its teachers. "
-        "FLOPs of dev evaluations, rollout metrics and tests are not included."
+        "FLOPs of dev evaluations, watching (metrics of rollouts) and tests are not included."
     )
     for name, model in plan.recipe.models.items():
         if model.load and (base := sources.adapter_base(model.load, model.revision)):
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
+        if model.lora:
+            yield escape(
+                f"Model {name} is trained with LoRA: adapters of rank {model.lora.r}, merged into the weights after each training."
+            )
+    yield from map(escape, dict.fromkeys(_never_stops(plan)))
     yield from map(escape, served_notes(plan))
     yield from map(_warning, shared_notes(plan))
     yield from map(escape, asked_notes(plan, store))
@@ -78,8 +83,9 @@ def _warning(sentence: str) -> str:
 def _absent(plan: Plan) -> Iterator[str]:
     fix = "`tadistill fetch RECIPE` downloads what is missing, and converts GGUF files."
     if plan.unknown:
-        its = "its configuration is not" if len(plan.unknown) == 1 else "their configurations are not"
-        yield f"The size of {', '.join(plan.unknown)} is not known (?), because {its} on this disk. {fix} Stage keys may then change."
+        one = len(plan.unknown) == 1
+        its, sizes = ("its configuration is", "The size of {} is") if one else ("their configurations are", "The sizes of {} are")
+        yield f"{sizes.format(listed(plan.unknown))} not known (?), because {its} not on this disk. {fix} Stage keys may then change."
     for name, reason in plan.absent.items():
         yield f"Arm {name} is left out of this plan: {reason}."
     trained = any(stage.spec.trains and stage.cost is None for stage in plan.stages.values())
@@ -104,6 +110,17 @@ def _phases(plan: Plan) -> Iterator[str]:
         if len(arm.phases) > 1:
             updates = " + ".join(str(phase.method.optim.steps) for phase in arm.phases)
             yield f"arms.{arm.name} has {len(arm.phases)} phases: {phases_text(arm.phases)} ({updates} updates)."
+
+
+def _never_stops(plan: Plan) -> Iterator[str]:
+    # a stop needs one best value and `patience` later ones; the last measurement is at the end
+    for stage, spec in trainings(plan):
+        select, steps = spec.select, spec.optim.steps or 0
+        if select.patience and (measured := -(-steps // select.every)) <= select.patience + 1:
+            yield (
+                f"`select.patience: {select.patience}` cannot stop a training of {stage.model}, because dev is measured only "
+                f"{counted(measured, 'time')} in {counted(steps, 'update')} (`select.every: {select.every}`)."
+            )
 
 
 def _scaled(plan: Plan) -> Iterator[str]:

@@ -163,13 +163,14 @@ class StudyTokens:
     def notes(self) -> list[str]:
         """Return sentences for each group of models that share a tokenizer: the tokens that end their answers and, if models have a
         `template`, the text around their instructions."""
-        found = []
+        ends: dict[str, list[str]] = {}
         for group in self._groups:
             lead, text = self._lead(group[0]), self._text(group)
             if self._of(lead).eos is not None:
                 closing, *others = self.ends(lead)
                 also = f"; {listed([*map(text, others)])} can also end it" if others else ""
-                found.append(f"An answer of {listed(group)} ends with {text(closing)}{also}.")
+                ends.setdefault(f"ends with {text(closing)}{also}", []).extend(group)
+        found = [f"An answer of {listed(group)} {ending}." for ending, group in ends.items()]
         if "instruction" in self._forms and any(model.template for model in self.recipe.models.values()):
             found += [f"Instructions for {listed(group)} have the template `{self.data(group[0]).template}`." for group in self._groups]
         return found
@@ -242,7 +243,7 @@ class StudyTokens:
 
     def _text(self, group: tuple[str, ...]) -> Callable[[int], str]:
         known = {i: text for name in group for i, text in self._of(name).texts.items()}
-        return lambda i: f"{known[i]} ({i})" if i in known else f"token {i}"
+        return lambda i: f"{known[i]} (token {i})" if i in known else f"token {i}"
 
     # --- the models' files ---------------------------------------------------------------------------------------------------
 

@@ -216,8 +216,8 @@ def test_models_of_two_families_end_answers_with_their_own_tokens(planned):
     plan = planned({"direct": "t > s", "chain": "t > a > s"})
     assert plan.tokens.families == [("t", "a"), ("s",)]
     assert plan.tokens.notes() == [
-        "An answer of t and a ends with <eos> (1); <|im_end|> (4) can also end it.",
-        "An answer of s ends with <|end|> (0).",
+        "An answer of t and a ends with <eos> (token 1); <|im_end|> (token 4) can also end it.",
+        "An answer of s ends with <|end|> (token 0).",
     ]
 
 

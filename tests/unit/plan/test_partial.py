@@ -58,7 +58,7 @@ def test_a_published_recipe_is_planned_without_its_models(tmp_path, monkeypatch)
     assert set(plan.absent) == {"3.A-twin", "3.B-twin", "3.C-twin", "3.D-twin", "4.B-same-size-ta"}
     assert all(stage.arms for stage in plan.stages.values())
     text = shown(plan, tmp_path)
-    assert "The size of xl (MiniLLM/teacher-gpt2-1.5B), l (MiniLLM/init-gpt2-760M)" in text
+    assert "The sizes of xl (MiniLLM/teacher-gpt2-1.5B), l (MiniLLM/init-gpt2-760M)" in text
     assert "`tadistill fetch RECIPE` downloads what is missing" in text
     reason = "arms.3.A-twin has `compute: as 3.A`, which needs the sizes of models that are not on this disk (xl, l, m, s, same)"
     assert f"Arm 3.A-twin is left out of this plan: {reason}" in text

@@ -647,3 +647,19 @@ def test_the_plan_of_a_search_names_the_commands_for_it(tmp_path):
     preview.print_plan(plan(arms={}, search={"teacher": "xl", "assistants": ["l"], "student": "s"}), Store(tmp_path), console)
     said = "t has no arms to plan. Its section `search` is for `tadistill search` and `tadistill advise`."
     assert console.file.getvalue().strip() == said
+
+
+@pytest.mark.parametrize(("patience", "steps", "stops"), [(3, 20, False), (3, 200, False), (3, 201, True), (None, 20, True)])
+def test_a_plan_says_if_patience_can_never_stop_a_training(patience, steps, stops, tmp_path):
+    """The first measurement is the best one so far, and one at the end has nothing to save."""
+    method = {"name": "kd", "optim": {"steps": steps, "batch": 16}, "select": {"every": 50, "patience": patience}}
+    text = " ".join(plan_notes(plan(method=method, arms={"direct": "xl > s"}), Store(tmp_path), {}, 1))
+    measured = {20: "1 time in 20 updates", 200: "4 times in 200 updates"}.get(steps)
+    said = f"`select.patience: 3` cannot stop a training of s, because dev is measured only {measured} (`select.every: 50`)."
+    assert ("cannot stop" not in text) if stops else text.count(said) == 1
+
+
+def test_a_plan_names_the_models_with_adapters(tmp_path):
+    models = recipe()["models"] | {"s": model(16, lora={"r": 4})}
+    text = " ".join(plan_notes(plan(models=models), Store(tmp_path), {}, 1))
+    assert text.count("is trained with LoRA") == text.count("Model s is trained with LoRA: adapters of rank 4") == 1

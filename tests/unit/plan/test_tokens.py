@@ -117,7 +117,7 @@ def test_signals_move_only_if_references_end_with_another_token(plan):
 @pytest.mark.parametrize(
     ("teacher", "student", "rows", "template", "why"),
     [
-        ("instruct", "base", "rows", "alpaca", "has the EOS <eos> (1)"),
+        ("instruct", "base", "rows", "alpaca", "has the EOS <eos> (token 1)"),
         ("base", "plain", "rows", "chat", "has no chat template"),
         ("base", "plain", "chats", "alpaca", "has no chat template"),
         ("base", "other", "rows", "chat", "has another chat template"),
@@ -158,13 +158,13 @@ def test_bos_is_put_where_the_tokenizer_does_and_no_template_writes(plan, folder
     corpus = {"corpus": str(folder / "corpus.jsonl")} if "corpus" in data else {}
     found = plan("gemma", "gemma", rows, **(data | corpus))
     assert {told for _, told in rules(found).values()} == {bos}
-    sentence = [s for s in found.tokens.cautions() if "<bos> (3)" in s]
+    sentence = [s for s in found.tokens.cautions() if "<bos> (token 3)" in s]
     assert len(sentence) == int(bos or "bos" in data)
 
 
 def test_the_plan_says_which_ends_and_warns_of_a_template(plan):
     found = plan("listed", "base", template="alpaca")
-    assert found.tokens.notes() == ["An answer of s and t ends with <eos> (1); <|im_end|> (4) can also end it."]
+    assert found.tokens.notes() == ["An answer of s and t ends with <eos> (token 1); <|im_end|> (token 4) can also end it."]
     assert found.tokens.cautions() == [
         "Check data.template: it is alpaca, but s and t have a chat template; for chat models set data.template: chat."
     ]
