@@ -86,9 +86,7 @@ def download(repository: str, revision: str, file: str | None = None, *, workers
     """
     from huggingface_hub import constants, hf_hub_download, snapshot_download
 
-    if constants.HF_HUB_OFFLINE:
-        if (found := cached(repository, revision, file)) is None:
-            raise offline(DataError, "data set", f"{repository}/{file}" if file else repository, revision)
+    if constants.HF_HUB_OFFLINE and (found := cached(repository, revision, file)) is not None:
         return found
     with explained(DataError, "data set", repository, revision, file):
         if file is not None:
@@ -108,14 +106,6 @@ def reachable() -> bool:
     except Exception:  # the classes of errors differ between versions of the client
         return False
     return True
-
-
-def offline(error: type[TadistillError], kind: str, name: str, revision: str) -> TadistillError:
-    """Return the error for a repository that is not in the local cache, if HF_HUB_OFFLINE=1 forbids its download."""
-    return error(
-        f"{kind} `{name}` at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; "
-        f"run `tadistill fetch RECIPE` on a machine with network access{as_path(name)}"
-    )
 
 
 def invalid(error: type[TadistillError], repository: str, cause: Exception) -> TadistillError:
@@ -141,15 +131,21 @@ def without_retries_shown() -> Iterator[None]:
 
 @contextmanager
 def explained(error: type[TadistillError], kind: str, repository: str, revision: str, file: str | None = None) -> Iterator[None]:
-    """While a `with` block runs, turn download errors into an exception of the class `error` with one clear sentence.
+    """While a `with` block runs, turn download errors into an exception of the class `error` with one clear sentence. If HF_HUB_OFFLINE=1
+    forbids downloads, raise it before the block.
 
     Args:
         kind: `model` or `data set`, for the sentence.
         file: the file in the repository that is downloaded. None means the whole repository.
     """
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     where = f"{kind} `{repository}/{file}`" if file else f"{kind} `{repository}`"
+    if constants.HF_HUB_OFFLINE:
+        raise error(
+            f"{where} at revision `{revision}` is not in the local Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads; run "
+            f"`tadistill fetch RECIPE` on a machine with network access{as_path(repository)}"
+        )
     try:
         with without_retries_shown():
             yield

@@ -244,10 +244,8 @@ def hub_download(name: str, revision: str, weights: bool, workers: int) -> Path:
     Raises:
         ModelError: the model cannot be downloaded, or has no weights.
     """
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    if constants.HF_HUB_OFFLINE:
-        raise hub.offline(ModelError, "model", name, revision)
     options = {"revision": revision, "ignore_patterns": ["*/*", "consolidated*"], "max_workers": workers}
     with hub.explained(ModelError, "model", name, revision):
         path = Path(snapshot_download(name, allow_patterns=[*_DESCRIPTION, *(_SAFETENSORS if weights else ())], **options))

