@@ -110,7 +110,7 @@ def own_against_sft(results: Results, arm: ArmRecord) -> list[str]:
     known = [gap for gap in gaps_from_sft(results) if gap.arm == arm.name]
     against = f"{arm.name} against plain fine-tuning (SFT, {tuned.name})"
     if not known:
-        return [f"{against}: no evidence yet, because the two arms have no finished training seed in common."]
+        return [f"{against}: undecided, because the two arms have no finished training seed in common."]
     metric, pair = primary_metric(results), {arm.name, tuned.name}
     said = any({c.arm, c.other} == pair for c in comparisons(results))
     return [f"{against}, {_gap_text(gap, metric)}" for gap in known if not (said and gap.metric == metric)]
@@ -122,7 +122,7 @@ def _gap_text(gap: Gap, metric: str) -> str:
         verdict = f"{SHOWN['gain' if found.mean > 0 else 'loss']} ({p})."
     else:
         doubt = chance_text(found, gap.p, gap.family) if gap.enough else few_text(gap.seeds)
-        verdict = f"no evidence of a difference. {doubt}"
+        verdict = f"{SHOWN['no evidence']}. {doubt}"
     size = span(found, metric, unit=True)
     return f"with {gap.way} answers: the difference in {metric_title(metric)} is {size}. Verdict: {verdict}"
 

@@ -35,8 +35,8 @@ def undecided_text(pair: ComparedPair) -> str:
     training seed in common."""
     name = _path_text(pair.arm)
     if pair.other is None:
-        return f"{name}: no evidence, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
-    return f"{name}: no evidence yet, because it has no finished training seed in common with {_other(pair.against, pair.other.name)}."
+        return f"{name}: undecided, because the study has no arm to compare it with; add a direct arm with `compute: as {pair.arm.name}`."
+    return f"{name}: undecided, because it has no finished training seed in common with {_other(pair.against, pair.other.name)}."
 
 
 def _other(against: str, name: str) -> str:
@@ -66,7 +66,7 @@ def _word_text(c: Comparison) -> str:
         return f"{SHOWN[c.word]} ({tested(c.p_holm, c.family)}{small})."
     if c.word == "equivalent":
         return f"equivalent, within the margin of ±{number(c.margin, c.metric)}."
-    return f"no evidence of a {'difference' if c.against == 'pair' else 'gain'}. {doubt_text(c)}"
+    return f"{SHOWN[c.word]}. {doubt_text(c)}"
 
 
 def tested(p: float, family: int) -> str:

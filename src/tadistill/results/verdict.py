@@ -30,7 +30,7 @@ ALPHA = 0.05
 _SEEDS_FOR_SIGNS = 6  # from this number of seeds, reports leave out the sign-flip test, because it adds nothing to the t-test
 
 Word = Literal["gain", "loss", "equivalent", "no evidence"]
-SHOWN: dict[Word, str] = {"gain": "clearly better", "loss": "clearly worse", "equivalent": "equivalent", "no evidence": "no evidence"}
+SHOWN: dict[Word, str] = {"gain": "clearly better", "loss": "clearly worse", "equivalent": "equivalent", "no evidence": "undecided"}
 """Maps a verdict to its words in reports. There `loss` is the loss of a training."""
 Against = Literal["equal compute", "off budget", "plain direct", "pair"]
 """The kind of arm that another arm is compared with. A chain (path with assistants) has one of the first three, which are all direct

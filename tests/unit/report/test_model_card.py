@@ -161,11 +161,11 @@ def test_a_card_says_how_its_arm_differs_from_fine_tuning(tmp_path):
     bad = _verdicts(results, "bad", tmp_path).splitlines()
     assert [line.startswith(start.format(way)) for way, line in zip(("sampled", "greedy"), bad, strict=True)] == [True, True]
     assert all(re.search(r" Verdict: clearly worse \(p \S+ \S+ after Holm's correction for 8 comparisons\)\.$", line) for line in bad)
-    assert " Verdict: no evidence of a difference. The interval " in _verdicts(results, "kd", tmp_path)
+    assert " Verdict: undecided. The interval " in _verdicts(results, "kd", tmp_path)
     assert "(sft), with sampled" not in (chain := _verdicts(results, "chain", tmp_path))
     assert "TA path" in chain
     assert "chain against plain fine-tuning (SFT, sft), with greedy answers" in chain
-    late = "- later against plain fine-tuning (SFT, sft): no evidence yet, because the two arms have no finished training seed in common."
+    late = "- later against plain fine-tuning (SFT, sft): undecided, because the two arms have no finished training seed in common."
     assert _verdicts(results, "later", tmp_path) == late
     assert _verdicts(results, "sft", tmp_path) == f"- {against_sft(results)}"
     assert "The study does not compare this arm" in _verdicts(results, "assistant", tmp_path)
@@ -184,7 +184,7 @@ def test_a_card_does_not_give_a_comparison_with_fine_tuning_twice(tmp_path):
 def test_a_card_of_a_seed_that_is_not_evaluated(unfinished):
     card = model_card(unfinished.results, "chain", 10, unfinished.study_dir, "out")
     assert "Seed 10 is not evaluated yet: run `tadistill run recipes/demo.yaml` to evaluate it." in card
-    assert "no evidence yet, because it has no finished training seed in common with" in card
+    assert "undecided, because it has no finished training seed in common with" in card
 
 
 def test_what_cannot_be_exported(study, tmp_path):

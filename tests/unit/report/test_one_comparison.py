@@ -80,7 +80,7 @@ def test_other_compute_is_said(results):
     assert cautions(seen)[0] == "dolly (test) shares all prompts with the training data."
     texts = re.findall(r"<text [^>]*>([^<]*)</text>", difference_figure(results).html())
     assert any(re.search(r"\] · clearly worse · not equal compute$", text) for text in texts)
-    assert any(re.search(r"\] · not clear, p = 0\.\d{3}$", text) for text in texts)  # results.json has the word `no evidence`
+    assert any(re.search(r"\] · undecided, p = 0\.\d{3}$", text) for text in texts)  # results.json has the word `no evidence`
 
 
 def test_the_numbers_and_the_word_of_each_row_are_shown_on_a_phone(results):

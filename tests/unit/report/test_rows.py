@@ -183,6 +183,6 @@ def test_equal_arms_are_a_tie_and_detect_nothing(tmp_path):
     assert "Both arms have the same mean, 0.0 % fact accuracy" in markdown
     assert "Highest mean" not in markdown
     assert "**0.0" not in markdown
-    (line,) = [line for line in markdown.split("### Comparisons")[1].splitlines() if "no evidence" in line]
-    assert "| – | no evidence |" in line  # the detectable difference is not known
+    (line,) = [line for line in markdown.split("### Comparisons")[1].splitlines() if "| undecided |" in line]
+    assert "| – | undecided |" in line  # the detectable difference is not known
     assert json.loads((study.study_dir / "results.json").read_text())["comparisons"][0]["detectable"] is None

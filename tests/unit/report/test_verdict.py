@@ -65,16 +65,16 @@ def test_the_numbers_of_a_comparison(tmp_path):
             0.01,
             SEEDS,
             "no evidence",
-            "no evidence of a gain. The interval contains 0, so the difference may be chance. A true",
+            "undecided. The interval contains 0, so the difference may be chance. A true",
         ),
         (
             4.0,
             0.3,
             (1, 2),
             "no evidence",
-            "no evidence of a gain. 2 seeds are too few for a claim (at least 3 are needed).",
+            "undecided. 2 seeds are too few for a claim (at least 3 are needed).",
         ),
-        (0.0, 9.0, (1,), "no evidence", "no evidence of a gain. 1 seed is too few for a claim (at least 3 are needed)."),
+        (0.0, 9.0, (1,), "no evidence", "undecided. 1 seed is too few for a claim (at least 3 are needed)."),
     ],
 )
 def test_words(tmp_path, gain, margin, seeds, word, phrase):

@@ -82,8 +82,8 @@ def _word(c: Comparison) -> str:
     if c.word != "no evidence":
         return SHOWN[c.word]
     if c.few_seeds:
-        return f"not clear, {counted(len(c.seeds), 'seed')}"
-    return f"not clear, {p_text(c.p_holm)}"
+        return f"{SHOWN[c.word]}, {counted(len(c.seeds), 'seed')}"
+    return f"{SHOWN[c.word]}, {p_text(c.p_holm)}"
 
 
 def difference_figure(results: Results) -> Chart | None:
