@@ -86,6 +86,11 @@ class Serve(Strict):
         """Return the model's name on the server, unless it is one of the `names` of the model's files."""
         return None if self.name in names else self.name
 
+    def check_k(self, name: str, vocab: int | None) -> None:
+        """Raise ConfigError if `k` is larger than the number of logits of the model `name`. `vocab` is None if the number is not known."""
+        if self.gives == "top_k" and vocab and self.k > vocab:
+            raise ConfigError(f"models.{name}.serve.k is {self.k:,}, but the model has only {vocab:,} tokens; set `k` to at most {vocab}")
+
     @property
     def signal(self) -> TopKSignal | None:
         """Settings of the top-k outputs that a server sends. None if the server sends hidden states."""

@@ -72,7 +72,8 @@ class Rereader:
     sizes: tuple[int, int]
     """The numbers of logits of the student and of the teacher."""
     most: int | None = None
-    """The teacher's context length in tokens, for prompt and response together. Later tokens are in no span. None means no limit."""
+    """The largest number of tokens that the teacher can read, for prompt and response together. Later tokens are in no span. None means no
+    limit."""
 
     @cached_property
     def shared(self) -> dict[int, int]:

@@ -93,7 +93,7 @@ def estimate_requests(questions: Sequence[Question], settings: Judge, cache: Cac
     """Estimate the requests and tokens of a run. Questions with the same text are asked and counted once."""
     texts = list(dict.fromkeys(question.text for question in questions))
     open_texts = [text for text in texts if not _settled(text, settings, cache)]
-    tokens_in = estimated_tokens(sum(map(len, open_texts)))
+    tokens_in = estimated_tokens(*open_texts)
     expected = len(open_texts) * min(_TOKENS_A_REPLY, settings.max_tokens)
     return RequestEstimate(len(texts), len(texts) - len(open_texts), tokens_in, expected, len(open_texts) * settings.max_tokens)
 

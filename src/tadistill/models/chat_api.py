@@ -25,7 +25,7 @@ PUBLIC = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 _LATER = (408, 409, 425, 429)  # HTTP statuses below 500 after which the same request may succeed later
 _SHOWN = 120  # characters of an answer of the endpoint in a message
-_CHARACTERS_A_TOKEN = 4  # English text in the usual vocabularies; only for estimates
+_BYTES_A_TOKEN = 4  # English text in the usual vocabularies; only for estimates
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ def _complete(client: "OpenAI", body: Mapping[str, Any]) -> str:
     return create(**{name: value for name, value in body.items() if name != "max_tokens"}, **limit).http_response.text
 
 
-def estimated_tokens(characters: int) -> int:
-    """Return the estimated number of tokens of a text that has this number of characters."""
-    return characters // _CHARACTERS_A_TOKEN
+def estimated_tokens(*texts: str) -> int:
+    """Return the estimated number of tokens of some texts. In scripts with several bytes a character, a token has fewer characters."""
+    return sum(len(text.encode(errors="replace")) for text in texts) // _BYTES_A_TOKEN
 
 
 def reason_of(error: Exception, variable: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError, ModelError
 from tadistill.models import sources
 from tadistill.models.model_files import read_description
@@ -263,3 +264,32 @@ def _matrices(config: Config, shape: Shape) -> list[_Matrix]:
         return found
     gates = [matrix(f"mlp.{name}_proj", shape.hidden, shape.intermediate, 2) for name in ("gate", "up")]
     return [*found, *gates, matrix("mlp.down_proj", shape.intermediate, shape.hidden, 3)]
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model with its parameter counts and its configuration."""
+
+    size: Size
+    config: Mapping[str, Any]
+    serve: Serve | None = None
+    """The servers that run the model, if it does not run in this process."""
+
+    @property
+    def head(self) -> bool:
+        """True if this process has the model's head (output layer), and computes the model's logits."""
+        return self.serve is None or self.serve.gives == "hidden"
+
+    @property
+    def present(self) -> int:
+        """Number of the model's parameters that this process holds."""
+        return self.size.total if self.serve is None else self.size.head * self.head
+
+    @property
+    def tied(self) -> bool:
+        """True if the head's weights are the embeddings."""
+        return tied(self.config)
+
+    @property
+    def vocab(self) -> float:
+        return self.config["vocab_size"]

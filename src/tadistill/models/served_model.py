@@ -25,6 +25,7 @@ from tadistill.models.architectures import build_on_meta, first_line, quiet, rea
 from tadistill.models.forward import Reader, logit_changes, output_head
 from tadistill.models.model_files import is_adapter, weight_map
 from tadistill.models.served_model_requests import Answer, Broken, Refused, Servers
+from tadistill.models.shapes import positions_of
 from tadistill.models.teachers import (
     COMPLETIONS,
     POOLING,
@@ -201,12 +202,15 @@ def served_teacher(
         ServerFailed: as in `check_servers`.
     """
     servers, config = Servers(written, serve), fetch_config(load, revision)
-    (first, *_) = check_servers(servers, names_of(load, written, revision, serve), tokenizer, config)
+    found = check_servers(servers, names_of(load, written, revision, serve), tokenizer, config)
+    name, takes = found[0].name, [server.longest - serve.tokens_for(0) for server in found if server.longest is not None]
+    positions = positions_of(config.get_text_config(decoder=True).to_dict())
+    longest = min((n for n in (*takes, positions) if n is not None), default=None)
     if serve.gives == "top_k":
-        return ServedTopK(servers, first.name, config, device, vocabulary(tokenizer).size)
+        return ServedTopK(servers, name, config, device, vocabulary(tokenizer).size, longest)
     head = read_head(load, revision, dtype)
     placed = replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
-    return ServedHidden(servers, first.name, config, placed)
+    return ServedHidden(servers, name, config, placed, longest)
 
 
 def names_of(load: str, written: str | None, revision: str, serve: Serve) -> tuple[str, ...]:

@@ -132,10 +132,11 @@ class Servers:
         return self._asked(at, path, body, read, threading.Event())
 
     def _asked(self, at: str, path: str, body: dict[str, Any] | None, read: Callable[[Answer], T], stop: threading.Event) -> T:
-        reason, fix = "", "start the server with `tadistill serve RECIPE MODEL`, or correct its address in `serve.at`"
+        reason = fix = ""
         for pause in (0.0, *self.pauses):
             if stop.wait(pause):
                 raise _Stopped
+            fix = "start the server with `tadistill serve RECIPE MODEL`, or correct its address in `serve.at`"
             id = uuid.uuid4().hex
             try:
                 if body is None:
@@ -144,6 +145,7 @@ class Servers:
                     response = self._client.post(f"{at}{path}", json=body | {"request_id": id}, headers={"X-Request-Id": id})
             except httpx.TimeoutException:
                 reason = f"it did not answer within {self.serve.seconds:g} seconds"
+                fix = "raise `serve.seconds`, lower `serve.requests`, or start the server again"
                 continue
             except httpx.TransportError as error:
                 reason = f"it cannot be reached, or broke the connection ({error or type(error).__name__})"

@@ -31,6 +31,7 @@ from tadistill.data.batch import Batch
 from tadistill.models.forward import Reader
 from tadistill.models.parameter_counts import Work
 from tadistill.models.served_model_requests import Answer, Broken, Servers, read_json
+from tadistill.models.shapes import positions_of
 from tadistill.models.sharding import load_weights, reshard, weights
 from tadistill.objectives import Head, Hidden, TopK
 from tadistill.objectives.fused_loss import fused_log_probs
@@ -48,6 +49,7 @@ class Teacher:
     """The device of the teacher's outputs."""
     width: int
     """Number of logits of the teacher's output head."""
+    longest: int | None = None  # largest number of tokens of a text that the teacher can read; None if it is not known
     model: PreTrainedModel | None = None
     """The model itself, or None if it runs outside of this process. Samplers that need the teacher's logits for each new token need a model
     in this process."""
@@ -97,6 +99,7 @@ class InProcess(HiddenTeacher):
         self.model, self._model = model, model
         self.reader = Reader(model)
         self.width = self.head.weight.shape[0]
+        self.longest = positions_of(model.config.get_text_config().to_dict())
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -123,8 +126,14 @@ POOLING, COMPLETIONS = "/pooling", "/v1/completions"
 class ServedHidden(HiddenTeacher):
     """A teacher whose servers send the last hidden states. Its output head is in this process."""
 
-    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, head: Head):
-        self._servers, self._name, self.head, self.config = servers, name, head, config.get_text_config(decoder=True).to_dict()
+    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, head: Head, longest: int | None):
+        self.longest, self._servers, self._name, self.head, self.config = (
+            longest,
+            servers,
+            name,
+            head,
+            config.get_text_config(decoder=True).to_dict(),
+        )
         self.device, self.width = head.weight.device, head.weight.shape[0]
 
     def hidden(self, batch: Batch) -> Tensor:
@@ -143,9 +152,9 @@ class ServedHidden(HiddenTeacher):
 class ServedTopK(Teacher):
     """A teacher whose servers send the K most probable tokens, and the log-probabilities of the text's own tokens."""
 
-    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, device: torch.device, vocab: int):
+    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, device: torch.device, vocab: int, longest: int | None = None):
         """`vocab` is the number of tokens of the tokenizer. The model may have more logits."""
-        self._servers, self._name, self.device, self._vocab = servers, name, device, vocab
+        self._servers, self._name, self.device, self._vocab, self.longest = servers, name, device, vocab, longest
         self.config, self.width = config.get_text_config(decoder=True).to_dict(), vocab
 
     def compare(self, vocab: int) -> None:
@@ -281,9 +290,12 @@ def top_k_target(scores: _Scores, signal: TopKSignal, vocab: int) -> TopK:
 
     `vocab` is the number of tokens that are compared. Some models have logits for ids that are not tokens of the tokenizer, or have more
     tokens than the student. If a server sends such an id, another token with the probability 0 takes its place. The probability of the id
-    then belongs to the tail (all tokens that the target does not list).
+    then belongs to the tail (all tokens that the target does not list). A target lists at most `vocab` tokens.
     """
     ids, log_probs = scores.ids.astype(np.int64), scores.log_probs.astype(np.float64)
+    if ids.shape[1] > vocab:
+        known = np.argsort(ids >= vocab, axis=1, kind="stable")[:, :vocab]
+        ids, log_probs = (np.take_along_axis(values, known, 1) for values in (ids, log_probs))
     for row, place in np.argwhere(ids >= vocab):
         ids[row, place] = next(id for id in range(vocab) if id not in ids[row])
         log_probs[row, place] = LOG_ZERO

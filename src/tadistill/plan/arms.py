@@ -208,7 +208,7 @@ class _Planner:
                     teachers = first if i == 1 else list(zip(path, handles, strict=False))[0 if method.dense else i - 1 :]
                     names, route = [m for m, _ in teachers], path[0] if i == 1 and is_route(path[0]) else ""
                     check_route(self.tokens, name, path, method)
-                    check_teaching(self.recipe, name, names, method)
+                    check_teaching(self.ledger, name, names, method)
                     check_itself(self.recipe, name, arm, path[i - 1], model, method)
                     check_edge(self.tokens, name, names, model, method)
                     turn = Turn(taught.count(model), turns.count(model) + 1, number, len(phases), arm.last[-1])

@@ -4,6 +4,7 @@ A loss is not exact if a server or a recording has only a part of a teacher's di
 student. FLOPs are not complete if a teacher is behind an API.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -135,9 +136,10 @@ def _scaled(plan: Plan) -> Iterator[str]:
 
 def _across(plan: Plan) -> Iterator[str]:
     steps = dict.fromkeys(step for arm in plan.arms for step in lossy_steps(plan.tokens, arm.arm.path))
-    if steps:
-        named = ", ".join(f"{above} and {below}" for above, below in steps)
-        yield f"`~>` is a step between two models with different tokenizers ({named})."
+    for api, why in ((False, "between two models with different tokenizers"), (True, "in which only text passes, because of the API")):
+        found = [f"{above} and {below}" for above, below in steps if bool(plan.recipe.models[above].api) == api]
+        if found:
+            yield f"`~>` is a step {why} ({', '.join(found)})."
     if plan.teacher and counts_asked(plan):
         yield f"{ASKED}: number of answer tokens that {plan.teacher} writes or scores for an arm, for one seed."
 
@@ -312,6 +314,8 @@ def _of_stage(plan: Plan, model: str, spec: object) -> Iterator[str]:
         return
     for teacher in (spec.teacher, *spec.assistants):
         name, sends = name_of(plan, teacher) or "its teacher", teacher.sends if isinstance(teacher, Loaded) else None
+        if sends and sends.k >= (Ledger(plan.recipe).config(name) or {}).get("vocab_size", math.inf):
+            sends = None  # all tokens
         source, given = (signal, f"the recording of {name} has") if signal is not None else (sends, f"the server of {name} sends")
         if source and (inexact := source.inexact(given)):
             yield f"{loss} {inexact}"

@@ -138,8 +138,8 @@ def check_edge(tokens: "StudyTokens", arm: str, teachers: Sequence[str], learner
                 serve = tokens.recipe.models[teacher].serve
                 if serve and serve.signal:
                     raise ConfigError(
-                        f"the server of {teacher} sends only the most probable tokens, but a loss over spans needs hidden states; remove "
-                        "`serve.signal`"
+                        f"the server of {teacher} sends only the most probable tokens, but a loss over spans needs hidden states; set "
+                        f"`gives: hidden` in models.{teacher}.serve"
                     )
         else:
             raise ConfigError(

@@ -3,7 +3,7 @@
 A model with `serve` can only teach. Any other use would load the model into a process of the study.
 
 An `ask` stage sends one request to an API for each row of the training set. The requests of all stages, their tokens and their price are
-estimated before the first one is sent: from the number of characters of the prompts, and from the length of the reference answers.
+estimated before the first one is sent: from the number of bytes of the prompts, and from the length of the reference answers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,16 +56,17 @@ def from_files(handle: Handle) -> Handle:
     return handle.model_copy(update={"served_as": None}) if isinstance(handle, Loaded) and handle.served_as else handle
 
 
-def check_teaching(recipe: Recipe, arm: str, teachers: Iterable[str], method: Method) -> None:
+def check_teaching(ledger: Ledger, arm: str, teachers: Iterable[str], method: Method) -> None:
     """Check that served models can teach with a method.
 
     Raises:
-        ConfigError: the method needs an output that a server does not send.
+        ConfigError: the method needs an output that a server does not send, or a server is asked for more tokens than its model has.
     """
     with about(f"arms.{arm}"):
         for name in teachers:
-            model = recipe.models[name]
+            model = ledger.recipe.models[name]
             if model.serve:
+                model.serve.check_k(name, (ledger.config(name) or {}).get("vocab_size"))
                 check_served(name, model.serve, method)
             if model.api:
                 check_text_only(name, model.api, method)
@@ -211,8 +212,8 @@ class Estimate:
         """Return the estimate for a number of `requests` whose prompts are on average as long as those of `examples`."""
         most, times = spec.sampler.max_new_tokens, requests / max(1, len(examples))
         prompts = [messages(example, spec.data.context) for example in examples]
-        into = sum(estimated_tokens(sum(len(str(m.get("content") or "")) for m in prompt)) for prompt in prompts)
-        out = sum(min(most, estimated_tokens(len(example.references[0])) + 1) for example in examples)
+        into = sum(estimated_tokens(*(str(m.get("content") or "") for m in prompt)) for prompt in prompts)
+        out = sum(min(most, estimated_tokens(example.references[0]) + 1) for example in examples)
         return cls(requests, round(into * times), round(out * times), requests * most)
 
     def __add__(self, other: "Estimate") -> "Estimate":
@@ -225,7 +226,7 @@ class Estimate:
         if api.price is None:
             return f"{found}; the recipe has no `price`"
         price, most = (_money(api.price.of(self.tokens_in, out)) for out in (self.tokens_out, self.most_out))
-        return f"{found}, which cost about {price} {api.price.currency} (at most {most})"
+        return f"{found}, which cost about {price} {api.price.currency} ({most} with the longest answers)"
 
 
 def _money(value: float) -> str:

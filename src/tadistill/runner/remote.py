@@ -25,11 +25,14 @@ from tadistill.models import sources
 from tadistill.models.chat_api import Unavailable, knock
 from tadistill.models.chat_api_replies import read_replies
 from tadistill.models.served_model_requests import Servers
+from tadistill.models.shapes import positions_of
 from tadistill.plan.arms import Plan, make_plan
+from tadistill.plan.costs import Ledger
 from tadistill.plan.graph import Stage
 from tadistill.plan.inputs import Loaded
 from tadistill.plan.kinds import AskSpec
 from tadistill.plan.remote import Estimate, running, wanted_of
+from tadistill.plan.study_tokens import StudyTokens
 from tadistill.plan.task import make_task
 from tadistill.rollout.api_teacher import client_of, replies_file, same_model
 from tadistill.runner.processes import run_in_processes
@@ -40,6 +43,8 @@ from tadistill.text import form
 if TYPE_CHECKING:
     from tadistill.models.served_model import Checked
 
+_LONGER = 4
+"""Largest assumed ratio of the numbers of tokens that a text has with two tokenizers."""
 _OTHER_NUMBERS = ("--quantization", "--q", "--dtype", "--kv-cache-dtype")
 """Arguments of `vllm serve` with which a server computes other numbers than the model's files."""
 Found = tuple[str, Literal["ok", "warning", "problem"], str, str]
@@ -86,9 +91,11 @@ def check_model(recipe: Recipe, name: str) -> "list[Checked]":
     assert model.serve is not None
     assert model.tokenizer_source is not None
     servers = Servers(recipe.written(model.load) or model.load, model.serve, again=False)
+    config = fetch_config(model.load, model.revision)
+    model.serve.check_k(name, config.get_text_config(decoder=True).vocab_size)
     tokenizer = load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
     names = names_of(model.load, servers.model, model.revision, model.serve)
-    return check_servers(servers, names, tokenizer, fetch_config(model.load, model.revision), longest_text(recipe))
+    return check_servers(servers, names, tokenizer, config, longest_text(recipe))
 
 
 def _examined_servers(recipe: Recipe, name: str) -> Iterator[Found]:
@@ -136,6 +143,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     if model.sft or model.lora or name in trained | {*(recipe.search.models[1:] if recipe.search else ())}:
         raise ConfigError(f"models.{name} is trained by this study, so no server can run it; name a model that only teaches")
     serve = model.serve or Serve(at=("http://127.0.0.1:8000",))
+    serve.check_k(name, (Ledger(recipe).config(name) or {}).get("vocab_size"))
     given = [f"--{each.partition('=')[0].lstrip('-').replace('_', '-')}" for each in more]
     if serve.name is None and (other := next((each for each in given if each in _OTHER_NUMBERS), None)):
         raise ConfigError(
@@ -150,11 +158,20 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     # the number format in which a training in this process would run the teacher; bf16 if trainings differ
     precisions = {method.optim.precision for method in methods(recipe)}
     dtype = DTYPES["fp32" if precisions <= {"fp32"} else "bf16"]
-    found += ["--dtype", dtype, "--max-model-len", str(serve.tokens_for(longest_text(recipe))), "--no-enable-prefix-caching"]
+    found += ["--dtype", dtype, "--max-model-len", str(serve.tokens_for(_longest_for(recipe, name))), "--no-enable-prefix-caching"]
     if serve.gives == "top_k":
         return [*found, "--max-logprobs", str(serve.k), *more]
     pooler = json.dumps({"task": "token_embed", "use_activation": False})
     return [*found, "--runner", "pooling", "--convert", "embed", "--pooler-config", pooler, *more]
+
+
+def _longest_for(recipe: Recipe, name: str) -> int:
+    # the number of tokens for which a server is started: a text has more tokens than for the student if the tokenizers differ
+    longest, tokens = longest_text(recipe), StudyTokens(recipe, recipe.teacher)
+    others = [model for arm in recipe.arms.values() if name in arm.models for model in arm.models]
+    if all(tokens.alike(name, other) for other in others):
+        return longest
+    return max(longest, min(_LONGER * longest, (positions_of(Ledger(recipe).config(name) or {}) or 0) - 1))
 
 
 def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:

@@ -193,7 +193,7 @@ class Estimate:
     """Predicts the remaining seconds of stages and of the whole run.
 
     The speed is measured on stages that do the same work with other seeds. If none of them has run yet, it is measured on stages of the
-    same kind (sft, evaluate, …), or else on all stages.
+    same kind (sft, evaluate, …), or else on all stages. The speed of an API is only that of stages that ask it.
     """
 
     def __init__(self, stages: Mapping[str, Stage], work: Mapping[str, Workload], jobs: int):
@@ -253,14 +253,15 @@ class Estimate:
     def _work(self, key: str) -> float:
         return self.work[key].total * (1 - self._before.get(key, 0.0))
 
-    def _names(self, key: str) -> tuple[str, str, str]:
-        return self.work[key].kind, f"all {self.stages[key].kind}", "all"
+    def _names(self, key: str) -> tuple[str, ...]:
+        others = () if self.stages[key].kind == AskSpec.kind else ("all",)  # an API has a speed of its own
+        return self.work[key].kind, f"all {self.stages[key].kind}", *others
 
     def _speeds(self) -> _Speeds:
         done, took = defaultdict[str, float](float), defaultdict[str, float](float)
         shares = {key: (1.0, seconds) for key, seconds in self._finished.items()}
         for key, (share, seconds) in (shares | {k: v for k, v in self._running.items() if v[0] > _EARLY}).items():
-            for name in self._names(key):
+            for name in self._names(key)[: 3 if self.work[key].even else 2]:  # without predicted work, the speed is only that of its kind
                 done[name] += share * self._work(key)
                 took[name] += seconds - self._began.get(key, 0.0)
         return done, took

@@ -58,9 +58,7 @@ class Across:
         """
         mine, theirs = token_bytes(student.tokenizer, student.eos), token_bytes(tokenizer, data.ends)
         sizes = student.vocab, shared_vocabulary(tokenizer, widths=(teacher.width,))
-        config = teacher.config if teacher.model is None else teacher.model.config.get_text_config().to_dict()
-        most = config.get("max_position_embeddings", config.get("n_positions"))
-        again = Rereader(mine, theirs, sizes, most)
+        again = Rereader(mine, theirs, sizes, teacher.longest)
         if not again.shared:
             raise ModelError(
                 f"the tokenizers of student and teacher ({sizes[0]:,} and {sizes[1]:,} tokens) have no token in common, so no loss can "

@@ -2,8 +2,10 @@
 
 import html
 import io
+import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ from tadistill.report.model_card import model_card
 from tadistill.report.page import render_page
 from tadistill.report.plain_text import render_markdown
 from tadistill.results.collect import read_results
-from tadistill.runner.remote import examined, longest_text, server_command, start_server
+from tadistill.runner.remote import check_model, examined, longest_text, server_command, start_server
 from tadistill.runner.run_study import save_plan
 from tadistill.store import Store
 from tadistill.terminal import Terminal
@@ -283,6 +285,48 @@ def test_the_longest_text_contains_the_context_of_the_teacher(recipe):
     given = "data.max_prompt=60", "data.max_length=64", 'method.context={template: "{output} {prompt}", max_prompt: 200}'
     assert longest_text(recipe(*given)) == 264
     assert longest_text(recipe(*given, "method.sampler={type: student, max_new_tokens: 80}")) == 280
+
+
+def test_a_server_with_another_tokenizer_is_started_for_longer_texts(recipe):
+    def length(*overrides):
+        command = server_command(recipe("data.max_prompt=60", "data.max_length=64", *overrides), "xl")
+        return command[command.index("--max-model-len") + 1]
+
+    assert length() == "64"
+    assert length("models.s.tokenizer=tinyworld-bpe") == "256"
+
+
+def test_more_tokens_than_the_model_has_are_refused(recipe):
+    given = recipe("models.xl.serve={at: http://127.0.0.1:9, gives: top_k, k: 49500}")
+    for work in (make_plan, lambda recipe: server_command(recipe, "xl"), lambda recipe: check_model(recipe, "xl")):
+        with pytest.raises(ConfigError, match=r"models\.xl\.serve\.k is 49,500, but the model has only \d+ tokens; set `k` to at most \d+"):
+            work(given)
+
+
+def test_all_tokens_are_exact(recipe, directory):
+    size = json.loads((Path(directory) / "config.json").read_text())["vocab_size"]
+    of = {k: approximations(make_plan(recipe(f"models.xl.serve={{at: http://a:1, gives: top_k, k: {k}}}")), "direct") for k in (size, 9)}
+    assert of[size] == []
+    assert "sends the 9 most probable tokens" in of[9][0]
+
+
+def test_a_server_that_sends_top_k_needs_no_head_here_and_has_speeds_of_its_own(recipe):
+    hidden, sparse, other = (
+        next(stage.cost for stage in make_plan(recipe(each)).stages.values() if stage.kind == "distill")
+        for each in (REVERSE, TOP_K, "models.xl.serve={at: http://a:1, gives: top_k, k: 5}")
+    )
+    assert hidden.memory.frozen > sparse.memory.frozen == 0
+    assert hidden.memory.logits == 2 * sparse.memory.logits
+    assert len({hidden.kind, sparse.kind, other.kind}) == 3
+
+
+def test_a_server_reads_no_padding(recipe):
+    def read(*overrides):
+        (stage,) = (s for s in make_plan(recipe("method.optim.batch=8", *overrides)).stages.values() if s.kind == "distill")
+        return {side: stage.cost.parts[f"training/{side}"].positions for side in ("teacher", "student")}
+
+    served, local, packed = read(), read("models.xl.serve=null"), read("models.xl.serve=null", "method.optim.packed=true")
+    assert served["teacher"] == packed["teacher"] < local["teacher"] == local["student"] == served["student"]
 
 
 def test_the_command_of_a_server(recipe, directory):

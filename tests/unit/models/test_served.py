@@ -134,6 +134,23 @@ def test_tokens_that_a_student_lacks_are_counted_with_the_tail(here):
     torch.testing.assert_close(found.tail.exp(), 1 - known, atol=1e-5, rtol=0)
 
 
+def test_a_target_has_at_most_the_tokens_that_are_compared():
+    from tadistill.models.teachers import _Scores
+
+    scores = _Scores(np.array([[8, 1, 2, 0, 9]]), np.log([[0.4, 0.3, 0.1, 0.1, 0.05]]), np.zeros(1))
+    found = top_k_target(scores, TopKSignal(k=5), 3)
+    assert sorted(found.ids[0].tolist()) == [0, 1, 2]
+    assert found.ids[0, 0] == 1
+    assert float(found.tail.exp()) == pytest.approx(0.5)
+
+
+def test_a_teacher_knows_how_much_it_can_read(here):
+    positions = fetch_config(here.directory, "main").max_position_embeddings
+    assert (connected(here).longest, connected(here, "top_k").longest, teacher_of(byte_model(seed=3)).longest) == (128, 127, positions)
+    here.longest = positions + 1
+    assert connected(here).longest == positions
+
+
 def test_a_tail_is_never_below_the_rounding_of_the_server():
     from tadistill.models.teachers import _Scores
 
@@ -244,7 +261,7 @@ def test_one_sentence_for_a_slow_answer(here):
     teacher, release = connected(here, seconds=0.2), threading.Event()
     here.fault = lambda number, path, body, reply: release.wait(10) and reply
     started = time.monotonic()
-    with pytest.raises(ServerFailed, match=r"failed, also when the request was repeated: it did not answer within 0\.2 seconds"):
+    with pytest.raises(ServerFailed, match=r"failed, also when .*: it did not answer within 0\.2 seconds; raise `serve\.seconds`, lower"):
         teacher.target(BATCH)
     release.set()
     assert time.monotonic() - started < 8

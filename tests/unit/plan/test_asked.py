@@ -100,6 +100,7 @@ def test_the_plan_says_what_is_asked_and_that_flops_are_unknown(tmp_path):
     tokens = 2 * sum(len(messages(example, None)[0]["content"]) // 4 for example in texts)
     assert f"api (big at https://host/v1) writes text. At most 40 requests for 2 sets of answers: about {tokens:,} tokens" in first
     assert "(at most 1,280), which cost about " in first
+    assert "with the longest answers)" in first
     assert "set `models.api.seed` to use one set of answers for all seeds" in first
     assert "teacher FLOPs unknown: api is behind an API" in flops
     for stage in of_kind(plan, AskSpec):

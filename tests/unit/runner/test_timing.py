@@ -67,6 +67,27 @@ def test_the_time_before_the_work_begins_is_no_part_of_the_speed():
     assert found.left("c") == pytest.approx(200 * 250 / 150 + 3)  # models are loaded for 3 s
 
 
+def test_the_time_that_an_api_takes_to_answer_is_no_speed_of_this_machine():
+    found = Estimate({"ask": stage("ask"), "ask 2": stage("ask"), **STAGES}, {"ask": Workload("big"), "ask 2": Workload("big"), **WORK}, 1)
+    found.running("ask", 0.0, 1.0)
+    found.running("ask", 0.5, 1801.0)
+    assert found.left("ask") == pytest.approx(1800)
+    assert found.total_left(STAGES) is None
+    found.finished("ask", 3601.0)
+    assert found.left("a") is None
+    assert found.left("ask 2") == pytest.approx(3601, abs=2)
+    found.finished("a", 100.0)
+    assert found.total_left(["b", "c", "d"]) == pytest.approx(350, abs=5)
+
+
+def test_a_stage_without_predicted_work_gives_no_speed():
+    found = Estimate({"write": stage("retokenise"), **STAGES}, {"write": Workload("w"), **WORK}, 1)
+    found.finished("write", 60.0)
+    assert found.total_left(STAGES) is None
+    found.finished("a", 100.0)
+    assert found.left("b") == pytest.approx(100)
+
+
 def test_jobs_and_the_longest_chain_limit_the_time():
     found = Estimate(STAGES, WORK, 2)
     found.finished("a", 100.0)

@@ -17,11 +17,11 @@ from tadistill.config.method_parts import Optim, Select
 from tadistill.config.objective import Gold, MiniLLM, Uld
 from tadistill.constants import GENERATION_BATCH, RECORDING_BATCH
 from tadistill.models.flops_and_memory import Cost, CostPart, Disk, Memory, weight_bytes
-from tadistill.models.parameter_counts import Size, Work, forward_flops, with_adapters
+from tadistill.models.parameter_counts import Described, Size, Work, forward_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.plan.costs.sizes_and_lengths import SizesAndLengths
-from tadistill.plan.costs.training import Described, TrainingCost, reading_bytes, sampling_bytes
+from tadistill.plan.costs.training import TrainingCost, reading_bytes, sampling_bytes
 from tadistill.store import key_of
 
 
@@ -204,8 +204,8 @@ class Ledger(SizesAndLengths):
         stored = kept and distribution  # the teacher's hidden states, of which only the head runs later
         if kept and not known:
 
-            def read(texts: Texts, share: float) -> Work:
-                work = cost.reading(texts, sampler.chunk, rollouts * share) * rounds
+            def read(texts: Texts, share: float, packed: bool) -> Work:
+                work = cost.reading(texts, sampler.chunk, rollouts * share, packed=packed) * rounds
                 return work if scores else Work(work.positions, work.pairs)
 
             cost.teach("scoring", answers, read)

@@ -20,11 +20,10 @@ from tadistill.data.encoding_rules import Counts, Rules, of_one_turn
 from tadistill.data.survey import SAMPLE, Survey, survey, texts
 from tadistill.errors import ConfigError, NotHere, about
 from tadistill.models import parameter_counts, shapes
-from tadistill.models.parameter_counts import Adapters, Size, adapters_of
+from tadistill.models.parameter_counts import Adapters, Described, Size, adapters_of
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.light_tokenizer import StandIn, vocabulary
 from tadistill.plan.costs.passes import SecondLength, Texts
-from tadistill.plan.costs.training import Described
 
 _ENDLESS = 2**31
 _READ = ("sets", "context", "weights", "route", "readers", "teachers")
@@ -65,7 +64,7 @@ class SizesAndLengths:
     def described(self, name: str) -> Described | None:
         """Return a model's size and configuration. Return None if `size` returns None."""
         size, config = self.size(name), self.config(name)
-        return None if size is None or config is None else Described(size, config, here=self.recipe.models[name].serve is None)
+        return None if size is None or config is None else Described(size, config, self.recipe.models[name].serve)
 
     def config(self, name: str) -> dict | None:
         """Return a model's configuration, after pruning if the recipe prunes it. Return None if it is not on this disk."""

@@ -4,16 +4,15 @@ The memory follows from the sizes of the models and the largest batch. Weights, 
 those that autograd stores (`models.flops_and_memory`), for the longest texts. benchmarks/memory.py compares predictions and measurements.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
 
 from tadistill.config import Method
 from tadistill.config.common import DTYPES
 from tadistill.config.method_parts import Optim
 from tadistill.constants import LOG_POINTS, TILE_ROWS, WATCH_EVERY, WATCHED_ROWS
 from tadistill.models.flops_and_memory import Cost, CostPart, Memory, kept_by_layer, weight_bytes
-from tadistill.models.parameter_counts import Adapters, Size, Work, forward_flops, tied, training_flops, with_adapters
+from tadistill.models.parameter_counts import Adapters, Described, Work, forward_flops, training_flops, with_adapters
 from tadistill.plan.costs import passes
 from tadistill.plan.costs.passes import Texts
 from tadistill.store import key_of
@@ -22,30 +21,6 @@ _DRAWN = 12
 """Bytes per logit while a token is sampled: the logits, their softmax and a temporary tensor."""
 _PRODUCT = 6
 """Bytes per entry of a matrix product with the head (output layer) in bfloat16 on a CPU: the result, and oneDNN's sum in float32."""
-
-
-@dataclass(frozen=True)
-class Described:
-    """A model with its parameter counts and its configuration."""
-
-    size: Size
-    config: Mapping[str, Any]
-    here: bool = True
-    """False if a server runs the model. Then this process has only the model's head (output layer)."""
-
-    @property
-    def present(self) -> int:
-        """Number of the model's parameters that this process holds."""
-        return self.size.total if self.here else self.size.head
-
-    @property
-    def tied(self) -> bool:
-        """True if the head's weights are the embeddings."""
-        return tied(self.config)
-
-    @property
-    def vocab(self) -> float:
-        return self.config["vocab_size"]
 
 
 class TrainingMemory:
@@ -220,15 +195,17 @@ class TrainingCost:
                 flops = forward_flops(size, work * (3 if backward else 1) + (Work(work.positions, work.pairs) if again else Work()))
             self._count(name, work, flops)
 
-    def teach(self, phase: str, texts: Texts, work: Callable[[Texts, float], Work]) -> Work:
+    def teach(self, phase: str, texts: Texts, work: Callable[[Texts, float, bool], Work]) -> Work:
         """Add the forward passes of all teachers on `texts`. Return the work of the first teacher.
 
         If each teacher has its own training sets (a route), it reads only their rows.
 
         Args:
-            work: a function of the texts that a teacher reads, and of their share (0 to 1) in all rows. It returns the work.
+            work: a function of the texts that a teacher reads, of their share (0 to 1) in all rows, and of a bool, which is True if they
+                are sent to a server, without padding. It returns the work.
         """
-        each = [work(*texts.taught_by(number)) for number in range(len(self.teachers))]
+        sent = [teacher.serve is not None for teacher in self.memory.teachers]
+        each = [work(*texts.taught_by(number), sent[number]) for number in range(len(self.teachers))]
         for size, own in zip(self.teachers, each, strict=True):
             self._count(f"{phase}/teacher", own, forward_flops(size, own))
         return each[0] if each else Work()
@@ -255,14 +232,14 @@ class TrainingCost:
                 self.add("training/student", Work(heads=work.heads * batches), backward=True)
         if teacher or teacher_head:
 
-            def read(texts: Texts, rows: float) -> Work:
-                found = self._batch(texts, micro, rows)
+            def read(texts: Texts, rows: float, packed: bool) -> Work:
+                found = self._batch(texts, micro, rows, packed=packed)
                 return (found if teacher else Work(heads=found.heads)) * (batches * self.used)
 
             first = self.teach("training", texts, read)
             self.asked += first.heads if teacher else 0.0
         if teacher and (texts.contexts or texts.seconds):
-            for each in self.memory.teachers:  # they run one after another, before the student
+            for each in (t for t in self.memory.teachers if t.serve is None):  # they run one after another, before the student
                 rows = passes.rows_in_pass(self.memory.optim, texts)
                 self.memory.sampling(reading_bytes(each, rows, max(texts.of_teacher.totals)))
 
@@ -289,9 +266,9 @@ class TrainingCost:
         self.add("training/student", more, backward=True)
         self.add("training/teacher", heads(s.spans - (1 - _INSIDE) * s.response for s in seconds) * self.used)
 
-    def reading(self, texts: Texts, batch: int, count: float) -> Work:
+    def reading(self, texts: Texts, batch: int, count: float, *, packed: bool = False) -> Work:
         """Return the work (token positions and pairs) of one forward pass over `count` sequences, in batches of similar length."""
-        return passes.pass_by_length(texts, batch, count, packed=self.optim.packed)
+        return passes.pass_by_length(texts, batch, count, packed=packed or self.optim.packed)
 
     def corpus(self, length: int, *, teacher: bool) -> None:
         """Add the cost of MiniLLM's loss on plain text, which is part of each update. A row of plain text has `length` tokens."""
@@ -319,20 +296,21 @@ class TrainingCost:
         if not (teacher or teacher_head):
             return
 
-        def read(texts: Texts, rows: float) -> Work:
-            found = self._batch(texts, micro, rows) * watched
+        def read(texts: Texts, rows: float, packed: bool) -> Work:
+            found = self._batch(texts, micro, rows, packed=packed) * watched
             return (found if teacher else Work(heads=found.heads)) * self.used
 
         self.teach("watching", answers, read)
 
-    def _batch(self, texts: Texts, micro: int, share: float = 1.0) -> Work:
+    def _batch(self, texts: Texts, micro: int, share: float = 1.0, *, packed: bool = False) -> Work:
         # the work of a forward pass on a share of `micro` rows. Their mean number need not be whole.
         rows, drawn = micro * share, self.drawn * share
         whole = max(1, round(rows))
-        return passes.training_batch(texts, whole, packed=self.optim.packed, drawn=drawn)[0] * (rows / whole)
+        return passes.training_batch(texts, whole, packed=packed or self.optim.packed, drawn=drawn)[0] * (rows / whole)
 
     def _heads(self, teacher: bool) -> int:
-        return max(len(self.teachers), 1) if teacher else 0
+        with_head = sum(each.head for each in self.memory.teachers) if self.teachers else 1
+        return with_head if teacher else 0
 
     def total(self, method: Method | None = None, published: float | None = None) -> Cost:
         """Return the cost of the training. `published` is the FLOPs of MiniLLM's released code for the same number of rollouts."""
@@ -344,5 +322,7 @@ class TrainingCost:
         how = self.optim.model_dump(include={"batch", "micro_batch", "precision", "gradient_checkpointing"} | later)
         what = method.model_dump(include={"objective", "sampler"}) if method else None
         alone = [asdict(self.adapters)] if self.adapters else []
-        alone += [["served"]] if any(not teacher.here for teacher in self.memory.teachers) else []
+        served = [teacher.serve for teacher in self.memory.teachers if teacher.serve]
+        alone += [["served"]] if served else []
+        alone += [["top_k", each.k] for each in served if each.gives == "top_k"]
         return key_of([asdict(self.student), [asdict(t) for t in self.teachers], how, what, *alone])
