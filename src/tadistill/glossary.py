@@ -14,15 +14,22 @@ GLOSSARY: dict[str, str] = {
     "path": "The models from the teacher to the student, such as xl > l > s; each > is one distillation.",
     "route": "Several teachers at the start of a path, such as m on maths + xl on chat; each teaches on its own training sets.",
     "pruned": "Cut out of a bigger model: the initial weights are a part of that model's weights. Fine-tuning and distillation follow.",
+    "on-policy": "Trained on text that the student itself samples during its training.",
     "direct": "Distillation from the teacher to the student without an assistant.",
     "chain": "A path from the teacher through at least one assistant to the student.",
     "x direct": "The FLOPs of an arm, divided by those of the direct arm with the same student and method.",
     "step of a path": "One distillation of a path, from one model to the next.",
     "phase": "A part of a distillation with its own method and share of the updates; the next phase starts from its weights.",
     "equal-compute baseline": "A direct arm that trains longer, so that it costs as many FLOPs as the path through assistants.",
+    "control": "An arm that shows what another arm gains from its assistant, and what it would gain without it.",
+    "tempered": "A control: the teacher itself teaches, at a temperature that gives it the assistant's mean entropy.",
+    "random_teacher": "A control: a teacher with random weights teaches.",
     "SFT": "Supervised fine-tuning: training on the answers of the data set, without a teacher.",
     "seed": "The number from which random draws start; each training seed gives one trained model, each decoding seed one set of answers.",
+    "decoding seed": "The number from which the draws of one set of answers start; it changes answers, not the model.",
     "95 % interval": "A range that contains the true value in 95 of 100 such studies; more seeds and prompts make it shorter.",
+    "verdict": "The result of comparing two arms: clearly better, clearly worse, equivalent or undecided.",
+    "caution": "A sentence of a report that limits what its numbers show, such as too few training seeds.",
     "clearly": "The 95 % interval excludes 0, also after adjustment for the number of comparisons, with at least three training seeds.",
     "undecided": "The data neither show a difference nor exclude one; more seeds or prompts may decide it.",
     "equivalent": "The true difference is significantly smaller than the margin of the recipe.",
@@ -32,11 +39,13 @@ GLOSSARY: dict[str, str] = {
     "Holm": "Holm's method: p-values corrected for the number of comparisons, so that the chance of any false claim is below 5 %.",
     "sign-flip test": "An exact test over training seeds: the differences get every pattern of signs, and p is the share of "
     "patterns whose sum is at least as far from 0 as the observed sum.",
+    "power": "The probability that a study of this size finds a true difference of a given size.",
     "detectable": "The smallest true difference that a study of this size would find with a probability of 80 %.",
     "FLOPs": "Floating-point operations of the training of one seed, assistants included; the measure of compute.",
     "compute": "The FLOPs of all training that this study needs for an arm's model, including the training of its teachers. Often "
     "given as a multiple of direct distillation of the same model.",
     "nats/token": "The unit of losses and divergences: natural logarithms, per token.",
+    "KL": "The Kullback-Leibler divergence, which says how far one distribution lies from another; 0 if they are equal.",
     "KL(student ‖ teacher)": "The reverse KL divergence of student and teacher on the student's own answers; 0 for equal models.",
     "KL(teacher ‖ student)": "The forward KL divergence of student and teacher on the reference answers; 0 for equal models.",
     "bits per byte of the teacher's answers": "Bits per byte of the student on answers that the teacher writes.",
@@ -51,6 +60,7 @@ GLOSSARY: dict[str, str] = {
     "above this assistant adds.",
     "entropy": "How undecided a model is about the next token; 0 if it always has one choice.",
     "sharpening": "A higher score from lower entropy alone: it vanishes with greedy decoding or at equal entropy.",
+    "entropy plane": "A figure of score against entropy. An arm is a curve over decoding temperatures; sharpening alone moves along it.",
     "matched entropy": "Both arms are decoded at temperatures that give the same entropy, so that sharpening cannot help one of them.",
     "greedy": "Decoding that always takes the most likely token.",
     "sampled": "Decoding that draws tokens from the model's distribution.",
@@ -61,6 +71,9 @@ GLOSSARY: dict[str, str] = {
     "rollout": "Answers that a model samples during training.",
     "selection": "Measuring the checkpoints of a training on dev, so that the best one can be kept.",
     "watching": "Measuring answers of the student during its training. It changes no weights, and no comparison of compute counts it.",
+    "store": "The folder with all finished stages, which studies share, so that no stage runs twice.",
+    "tinyworld": "The data set that is a part of tadistill: questions and answers about people in a small invented world.",
+    "~>": "A step of a path between two models with different tokenizers.",
     "stage": "One step of a study that the store keeps: a training, an evaluation or an analysis.",
     "fact accuracy": "The share of a prompt's facts that the answer states without a listed wrong value; most prompts ask for one fact.",
     "numeric accuracy": "The share of answers whose final number is the right number.",
@@ -85,6 +98,19 @@ GLOSSARY: dict[str, str] = {
     "answer length": "The number of tokens of an answer.",
 }
 """Word -> one sentence."""
+ALIASES = {
+    "TA": "assistant",
+    "teacher assistant": "assistant",
+    "clear": "clearly",
+    "clearly better": "clearly",
+    "clearly worse": "clearly",
+    "no evidence": "undecided",
+    "interval": "95 % interval",
+    "confidence interval": "95 % interval",
+    "paired": "paired difference",
+    "twin": "equal-compute baseline",
+}
+"""Other words for words of the glossary."""
 
 
 def metric_text(name: str) -> str:

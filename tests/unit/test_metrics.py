@@ -5,7 +5,7 @@ import pytest
 from tadistill.config.method_parts import Select
 from tadistill.data.answers import RULES
 from tadistill.errors import StoreError
-from tadistill.glossary import GLOSSARY
+from tadistill.glossary import ALIASES, GLOSSARY
 from tadistill.metrics import (
     BUILT_IN,
     LOGS,
@@ -48,6 +48,11 @@ def test_selection_reads_the_table():
 
 def test_the_glossary_explains_every_metric():
     assert {name for name in BUILT_IN if METRICS[name].title not in GLOSSARY} == set()
+
+
+def test_every_other_word_means_one_of_the_glossary():
+    assert set(ALIASES.values()) <= GLOSSARY.keys()
+    assert not ALIASES.keys() & GLOSSARY.keys()
 
 
 def test_directions():

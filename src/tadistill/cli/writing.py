@@ -246,13 +246,15 @@ def _entries(asked: str) -> "list[Entry]":
     """Return the explanations of a word: its sentence in the glossary; then each recipe key and each allowed value that has this name."""
     from tadistill.config.key_help import Entry
     from tadistill.config.key_help import explain as in_recipes
-    from tadistill.glossary import GLOSSARY, metric_text
+    from tadistill.glossary import ALIASES, GLOSSARY, metric_text
     from tadistill.metrics import METRICS
 
-    said = {word.lower(): Entry(word, text, (("more in", 'the page "Glossary" of the documentation'),)) for word, text in GLOSSARY.items()}
+    said = {word.lower(): Entry(word, text) for word, text in GLOSSARY.items()}
+    said |= {alias.lower(): said[word.lower()] for alias, word in ALIASES.items()}
     for name, metric in METRICS.items():
         said[name] = Entry(f"{metric.title} ({name})", metric_text(name), (("more in", 'the page "Evaluation" of the documentation'),))
-    found = [said[asked.lower()]] if asked.lower() in said else []
+    word = re.sub(r"^pass@\d+$", "pass@k", asked.lower())
+    found = [said[word]] if word in said else []
     try:
         return found + in_recipes(asked, others=said)
     except ConfigError:

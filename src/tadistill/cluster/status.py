@@ -90,6 +90,10 @@ def unfinished(store: Store, key: str, updates: int | None, row: StatusRow | Non
     if row is None:
         began = where or (store.folder(key) / _METRICS).is_file()
         row = StatusRow("", "", "stopped" if began else "waiting", "", "")
+    saved = store.saved_update(key) if updates else None
+    if row.progress and saved and saved > row.progress.done:  # a killed run could not write its last progress
+        now = replace(row.progress, done=saved)
+        row = replace(row, progress=now, last=described(now))
     nothing = "no state was saved, so the next run starts at update 0" if updates and row.state in ("stopped", "killed") else ""
     return replace(row, where=f"the next run continues {where}" if where else nothing)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from tadistill.config.method import METHODS
 from tadistill.config.reference import NAME, Key, Part, dotted, more_about, page_text, reference
+from tadistill.config.shorthand import SHORT_KEYS
 from tadistill.errors import ConfigError
 
 _TOKEN = re.compile(r"\[([^\]]+)\]|([^.\[\]]+)")
@@ -43,12 +44,15 @@ def explain(asked: str, others: Iterable[str] = ()) -> list[Entry]:
         ConfigError: nothing has this name.
     """
     words = [first or second for first, second in _TOKEN.findall(asked.strip("`\"' ").split("=")[0])]
+    if len(words) > 1 and words[0] in SHORT_KEYS:  # of the short form
+        words = ["models", *words]
     found = _keys(words) or _groups(words) if words else []
     if len(words) == 1:
         found += _named(words[0])
     if found:
         return found
-    raise ConfigError(f"a recipe has neither a key nor a value `{asked}`; {_hint(asked, words, others)}")
+    also = ", and no word of a report that `tadistill explain` knows" if others else ""
+    raise ConfigError(f"`{asked}` is no key or value of a recipe{also}; {_hint(asked, words, others)}")
 
 
 def _keys(words: list[str]) -> list[Entry]:

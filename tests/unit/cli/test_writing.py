@@ -31,6 +31,13 @@ def test_explain_prints_a_key():
         (["sft"], "Supervised fine-tuning: training on the answers"),
         (["rouge_l"], "From 0 to 100; higher is better."),
         (["teacher"], "method.sampler, type teacher"),
+        (["verdict"], "clearly better, clearly worse, equivalent or undecided"),
+        (["Clear"], "excludes 0, also after adjustment"),
+        (["entropy", "plane"], "score against entropy"),
+        (["TA"], "a model of middle size"),
+        (["pass@8"], "at least one of k sampled answers"),
+        (["~>"], "different tokenizers"),
+        (["tempered"], "the assistant's mean entropy"),
     ],
 )
 def test_explain_knows_words_of_reports_and_metrics(words, said):
@@ -41,7 +48,7 @@ def test_explain_explains_several_words():
     text = run("explain", "warmup", "micro_batch").output
     assert "method.optim.warmup" in text
     assert "method.optim.micro_batch" in text
-    with pytest.raises(ConfigError, match="neither a key nor a value `kxq`"):
+    with pytest.raises(ConfigError, match="`kxq` is no key or value of a recipe, and no word of a report that `tadistill explain` knows; "):
         CliRunner().invoke(app, ["explain", "warmup", "kxq"], catch_exceptions=False)
 
 

@@ -29,6 +29,8 @@ def test_a_key_has_its_type_default_places_and_page():
         ("`arms.direct.path=xl > s`", ["arms.NAME.path"]),
         ("arms[2.D].path", ["arms.NAME.path"]),
         ("models.student", ["models.NAME"]),
+        ("student.lora", ["models.NAME.lora"]),
+        ("teacher.serve.at", ["models.NAME.serve.at"]),
         ("data.test.0.load", ["data.test.load"]),
         ("evaluate.also.greedy.seeds", ["evaluate.also.NAME.seeds"]),
         ("objective.type", ["method.objective.type"]),

@@ -104,7 +104,10 @@ def test_status_says_where_a_stopped_stage_continues(plan, study):
     ended.run.born, ended.run.stages[first] = 1.0, StageProgress("x", 6, 8, "loss 5.01", left=100.0)
     ended.save()
     assert status_rows(study, store)[0].last == "6/8, loss 5.01; the next run continues at update 5 of 8"
-    (store.folder(first) / "state.pt").unlink()
+    save_state(study, first, 7)  # after `kill -9`, `status` said 6/8 although 7 updates were saved
+    assert status_rows(study, store)[0].last == "7/8, loss 5.01; the next run continues at update 7 of 8"
+    for state in store.folder(first).glob("state*.pt"):
+        state.unlink()
     assert status_rows(study, store)[0].last == "6/8, loss 5.01; no state was saved, so the next run starts at update 0"
 
 
