@@ -18,6 +18,7 @@ from tadistill.config.objective import MiniLLM
 from tadistill.config.reference import _TITLES, reference
 from tadistill.data import tinyworld
 from tadistill.metrics import METRICS
+from tadistill.report.answer import BADGES
 from tadistill.text import listed
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +178,12 @@ def test_a_script_without_its_runs_says_which_commands_make_them(tmp_path):
     assert found.returncode == 1
     assert "Traceback" not in found.stderr
     assert re.search(r"plan.json does not exist, .* The first lines of \S+ have the commands\.$", found.stderr.strip())
+
+
+def test_the_page_about_reports_has_every_word_that_an_answer_begins_with():
+    page = (ROOT / "docs/how-to/read-report.md").read_text("utf-8")
+    table = page.partition("| word | meaning |")[2].partition("\n\n")[0]
+    assert {word for row in re.findall(r"^\| ([A-Z].*?) \|", table, re.MULTILINE) for word in row.split(", ")} == set(BADGES.values())
 
 
 def test_the_page_names_the_metrics_in_the_order_that_decides():
