@@ -264,8 +264,8 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
     if len(alike) == 1:
         (other,) = alike
         return other, f"did you mean `{other}`?"
-    close = difflib.get_close_matches(name, here, n=1, cutoff=0.5 if plain not in SYNONYMS else 0.7)
-    if close and (plain not in _places(root) or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7):
+    close = difflib.get_close_matches(name, here, n=1, cutoff=0.5)
+    if close and plain not in SYNONYMS and (plain not in _places(root) or difflib.SequenceMatcher(None, name, close[0]).ratio() > 0.7):
         return close[0], f"did you mean `{close[0]}`?"
     of = [tag(m) for m, place in groups(root) if len(key) > 1 and place.split(".")[-1] == key[-2] and tag(m) and name in _fields(m)]
     if of:
