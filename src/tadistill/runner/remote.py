@@ -92,7 +92,7 @@ def check_model(recipe: Recipe, name: str) -> "list[Checked]":
     assert model.tokenizer_source is not None
     servers = Servers(recipe.written(model.load) or model.load, model.serve, again=False)
     config = fetch_config(model.load, model.revision)
-    model.serve.check_k(name, config.get_text_config(decoder=True).vocab_size)
+    model.serve.check_k(name, getattr(config.get_text_config(decoder=True), "vocab_size", None))
     tokenizer = load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
     names = names_of(model.load, servers.model, model.revision, model.serve)
     return check_servers(servers, names, tokenizer, config, longest_text(recipe))

@@ -4,6 +4,7 @@
 
 from dataclasses import replace
 from functools import cache, partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,11 +29,14 @@ from tadistill.data.encoding import Encoded
 from tadistill.data.other_tokenizer import Rereader, at_span_ends, counted_spans
 from tadistill.data.token_bytes import TokenBytes, token_bytes
 from tadistill.errors import DataError
+from tadistill.evaluation.token_scores import Subject
 from tadistill.models.forward import pack_rows
+from tadistill.models.teachers import Teacher
 from tadistill.objectives import SharedVocabulary
 from tadistill.rollout.engine import Native
 from tadistill.rollout.rounds import on_policy
 from tadistill.rollout.samplers import FixedSequences, length, pack, unpack
+from tadistill.stages.training import Across
 from tadistill.train import spans
 from tadistill.train.monitoring import watch
 from tadistill.train.step import counts, make_step
@@ -425,6 +429,15 @@ def test_what_the_teacher_cannot_read_is_in_no_span_and_is_counted():
     assert batch.aligned.found["left_out"] == int((counted_spans(short)[0] < 0).sum()) > 0
     with pytest.raises(DataError, match="prompt and response together may have only"):
         replace(AGAIN, most=len(s.teacher_prompt))(s)
+
+
+@pytest.mark.parametrize("takes", [None, 7])
+def test_a_training_reads_at_most_what_its_teacher_takes(takes):
+    """A server can take shorter texts than the model has positions; a longer text would end the training."""
+    student, teacher = Subject(tiny_model("llama", vocab=SIZES[0]), STUDENT.tokenizer, SIZES[0], STUDENT.ends), Teacher()
+    teacher.width, teacher.longest = SIZES[1], takes
+    across = Across(SimpleNamespace(), student, teacher, TEACHER.tokenizer, SimpleNamespace(ends=TEACHER.ends))
+    assert across.again.most == takes
 
 
 def test_sequences_are_read_again_once():
