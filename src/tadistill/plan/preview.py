@@ -40,7 +40,7 @@ def preview(plan: Plan, store: Store, width: int, accelerator: str | None = None
         return Group(f"{name} has no arms to plan. Its section `search` is for `tadistill search` and `tadistill advise`.")
     jobs = plan.recipe.runtime.jobs or throughput.gpus() or throughput.cores()
     speeds = throughput.load_throughput(store, plan.stages, threads(plan), accelerator)
-    parts = [_stages(plan, store, speeds, width), "", _arms(plan), *_base(plan), ""]
+    parts = [_stages(plan, store, speeds, width), "", _arms(plan, width), *_base(plan), ""]
     if any(stage.flops for stage in plan.stages.values()):
         parts += [_largest(plan, width), ""]
     return Group(*parts, *plan_notes(plan, store, speeds, jobs))
@@ -142,15 +142,16 @@ def _time(seconds: Sequence[float | None]) -> str:
     return throughput.spoken(sum(known)) if len(known) == len(seconds) else "–"
 
 
-def _arms(plan: Plan) -> Table:
+def _arms(plan: Plan, width: int) -> Table:
     cells = {arm.name: _cells(plan, arm) for arm in plan.arms}
     columns = [name for name in _ARM_COLUMNS if name in ("arm", "path", "FLOPs") or any(of[name] not in ("", "–") for of in cells.values())]
     table = _table("total training of each arm, for one seed", *columns)
     for name, column in zip(columns, table.columns, strict=True):
-        if name in ("arm", "path", "compute"):
+        if name in ("arm", "path"):
             column.no_wrap, column.overflow = False, "fold"
     table.columns[0].width = min(_NAME, max((len(arm.name) for arm in plan.arms), default=len("arm")))  # fold the path, not the name
     for of in cells.values():
+        of["compute"] = of["compute"] if width >= _WIDE else of["compute"].replace(" ", "\n")  # no line ends inside a name
         table.add_row(*(of[name] for name in columns))
     return table
 
