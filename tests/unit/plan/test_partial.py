@@ -214,6 +214,7 @@ def test_a_mistyped_path_that_the_hub_does_not_have_is_refused(kind, load, refus
         raise getattr(errors, kind)("no", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", answer)
     recipe, console = mistyped(load), Terminal(file=io.StringIO())
     if not refused:
