@@ -223,39 +223,6 @@ def test_a_study_can_be_used_from_another_directory_and_process(study, runs_here
     assert pickle.loads(pickle.dumps(planned)).stages == planned.stages
 
 
-@pytest.mark.parametrize("beside", [True, False], ids=["recipe in the working directory", "recipe elsewhere"])
-def test_the_tables_of_a_planned_study_can_be_shown_from_another_directory(tmp_path, monkeypatch, beside):
-    """With paths of models and data relative to the working directory, they ended in an error or read other files."""
-    for name in ("here/models/m", "here/sets", "elsewhere", "recipes"):
-        (tmp_path / name).mkdir(parents=True)
-    for part in (byte_model(), byte_tokenizer()):
-        part.save_pretrained(tmp_path / "here" / "models" / "m")
-    write_rows(tmp_path / "here" / "rows.jsonl", ROWS)
-    write_rows(tmp_path / "here" / "sets" / "rooted.jsonl", ROWS)
-    file = tmp_path / ("here" if beside else "recipes") / "r.yaml"
-    raw = yaml.safe_load(TINY)
-    raw["models"]["a"] = {"load": "models/m", "sft": raw["models"]["a"]["sft"]}
-    raw["data"] |= {"train": "rows.jsonl", "dev": "rooted.jsonl", "test": ["rows.jsonl"], "root": "sets"}
-    file.write_text(yaml.safe_dump(raw))
-    monkeypatch.chdir(tmp_path / "here")
-    planned = tadistill.plan(file)
-    shown = str(planned)
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert str(planned) == shown
-    assert str(pickle.loads(pickle.dumps(planned))) == shown
-
-
-def test_a_recipe_as_a_dict_is_recorded_as_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    raw = yaml.safe_load(RECIPE)
-    raw["models"]["a"] = {"load": "m"}
-    loaded, text, _ = read_recipe(raw, [])
-    assert yaml.safe_load(text)["models"]["a"]["load"] == "m"
-    assert loaded.models["a"].load == str(tmp_path / "m")
-
-
 def test_a_study_keeps_the_titles_of_its_own_metrics(study, runs_here, tmp_path, monkeypatch):
     """They were those of the last study of the process, for metrics of the same name."""
     monkeypatch.setattr("tadistill.metrics.METRICS", dict(METRICS))

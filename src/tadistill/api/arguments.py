@@ -46,5 +46,4 @@ def checked(overrides: Sequence[str]) -> Sequence[str]:
 
 
 def _yaml(recipe: Recipe) -> str:
-    content = recipe.as_written(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True))
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True, exclude_unset=True), sort_keys=False, allow_unicode=True)

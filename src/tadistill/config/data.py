@@ -72,20 +72,16 @@ class DataRef(Strict):
             raise ValueError("`instruction` is empty; write the instruction for every row, or remove the key")
         return self
 
-    _folders: tuple[Path, ...] = PrivateAttr(default=())
+    _folder: Path | None = PrivateAttr(default=None)
+    """The folder of the recipe's file."""
     _called: str | None = PrivateAttr(default=None)
     """The name that the recipe gives to the data set, if it has one."""
 
     @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folder of the recipe's file, and the working directory when it was read."""
-        return self._folders
-
-    @property
     def paths(self) -> tuple[Path, ...]:
-        """The paths at which a local data set is looked for, one in each of `folders`."""
+        """The paths at which a local data set is looked for: beside the recipe's file, and then in the working directory."""
         path = Path(self.load).expanduser()
-        return tuple(folder / path for folder in self.folders) or (path,)
+        return tuple(dict.fromkeys([self._folder / path, Path.cwd() / path])) if self._folder else (path,)
 
     @property
     def name(self) -> str:
@@ -99,7 +95,7 @@ class DataRef(Strict):
     def plain(self, name: str) -> "DataRef":
         """Return a copy of this data set with the name `name`. The copy has no `weight`, even if this is a training set with a weight."""
         found = DataRef(**{field: getattr(self, field) for field in DataRef.model_fields})
-        found._folders, found._called = self._folders, name
+        found._folder, found._called = self._folder, name
         return found
 
 

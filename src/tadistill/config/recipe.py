@@ -150,14 +150,6 @@ class Recipe(Strict):
         """Return the source of a model or tokenizer as the recipe's file writes it. `source` is this source, or its resolved path."""
         return self._origin.written.get(source, source) if self._origin and source else source
 
-    def as_written(self, content: Any) -> Any:
-        """Return a part of this recipe as plain data, in which resolved paths are as the recipe's file writes them."""
-        if isinstance(content, dict):
-            return {key: self.as_written(part) for key, part in content.items()}
-        if isinstance(content, list):
-            return [self.as_written(part) for part in content]
-        return self.written(content) if isinstance(content, str) else content
-
     def data_of(self, names: Iterable[str]) -> Data:
         """Return `data` with the template of the models `names`, which share a tokenizer.
 

@@ -262,40 +262,43 @@ def check_nesting(text: str, what: str, loader: Any) -> None:
 
 
 def settled(recipe: Recipe, source: str, folder: Path, lines: Lines) -> Recipe:
-    """Return the recipe with its relative paths resolved, beside the recipe's file or else in the present working directory."""
+    """Return the recipe with its relative paths resolved. A path is tried beside the recipe's file, then in the working directory."""
     models, written = {}, dict[str, str]()
     for name, model in recipe.models.items():
-        found = {key: _local_model(folder, load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load}
+        found = {key: _beside(folder, load) for key, load in (("load", model.load), ("tokenizer", model.tokenizer)) if load}
         beside = {key: path for key, path in found.items() if path}
         written |= {path: getattr(model, key) for key, path in beside.items()}
         models[name] = model.model_copy(update=beside)  # sets no other key: those without a value are not in the recipe
     for _, ref in data_sets(recipe):
-        ref._folders = tuple(dict.fromkeys([folder, Path.cwd()]))
-    root = {"root": str(_found(folder, recipe.data.root, Path.is_dir) or recipe.data.root)} if recipe.data.root else {}
+        ref._folder = folder
+    root = {"root": _folder_beside(folder, recipe.data.root)} if recipe.data.root else {}
     written |= {path: recipe.data.root for path in root.values() if recipe.data.root}
     copy = recipe.model_copy(update={"models": models, "data": recipe.data.model_copy(update=root)})
     copy._origin = Origin(source, lines, written)
     return copy
 
 
-def _found(folder: Path, path: str, fits: Callable[[Path], bool]) -> Path | None:
-    # a relative path that fits; a path that cannot exist does not, and a later check says why
+def _beside(folder: Path, load: str) -> str | None:
     try:
-        both = () if Path(path).expanduser().is_absolute() else (folder / path, Path.cwd() / path)
-        return next(filter(fits, both), None)
+        path = Path(load).expanduser()
+        if load.startswith("scratch:") or "://" in load or path.is_absolute():
+            return None
+        beside = folder / path
+        model = beside.is_file() or (beside.is_dir() and any(beside.glob("*.json")))
+        named = load.startswith(".") or load.endswith(".gguf")  # no hub id has such a name
+        if not model and not (named and (beside.exists() or not path.exists())):
+            return None
+        return None if os.path.normpath(beside) == os.path.abspath(path) else os.path.normpath(beside)
+    except (OSError, RuntimeError, ValueError):  # a path that cannot exist; the check of the model reports it
+        return None
+
+
+def _folder_beside(folder: Path, root: str) -> str:
+    try:
+        beside = not Path(root).expanduser().is_absolute() and (folder / root).is_dir()
     except (OSError, RuntimeError, ValueError):
-        return None
-
-
-_DESCRIBES = ("config.json", "tokenizer_config.json", "adapter_config.json")  # a folder without them may have a hub id's name by chance
-
-
-def _local_model(folder: Path, load: str) -> str | None:
-    if load.startswith("scratch:") or "://" in load:
-        return None
-    named = load.startswith(".") or (load.endswith(".gguf") and load[0] not in "/~")  # no hub id has such a name
-    found = _found(folder, load, lambda path: any((path / name).is_file() for name in _DESCRIBES) or (named and path.exists()))
-    return os.path.normpath(found or folder / load) if found or named else None
+        return root
+    return str(folder / root) if beside else root
 
 
 def placed(work: Callable[Concatenate[Recipe, Given], Result]) -> Callable[Concatenate[Recipe, Given], Result]:

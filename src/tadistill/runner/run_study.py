@@ -239,7 +239,6 @@ def _by_seed(keys: Mapping[int, str | None]) -> dict[str, str | None]:
 
 def _as_written(recipe: Recipe) -> dict:
     content = recipe.model_dump(mode="json", by_alias=True)
-    content["models"] = recipe.as_written(content["models"])
     content["evaluate"]["also"] = {name: o.model_dump(mode="json", exclude_unset=True) for name, o in recipe.evaluate.also.items()}
     return content
 

@@ -214,35 +214,29 @@ def _confirmation(choice: Choice, recipe: Recipe, directory: Path) -> str:
         f"# Is {chain} worth its compute? `tadistill search` chose it by dev {choice.metric}, as the best of "
         f"{counted(choice.compared, 'path')}.\n"
         "# The seeds are new, so the result does not contain the luck of the search. `twin` is direct training with the chain's FLOPs.\n"
-        "# Relative paths start in the folder of this file. Data sets that are not there are looked for in the working directory, then in\n"
-        "# `data.root`; task files of lm-eval are looked for in the working directory.\n"
+        "# Run it in the folder where the search ran, or in this folder of a copy: relative paths that are not found beside this file are\n"
+        "# looked for there, and those of data sets then in `data.root`.\n"
     )
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
 
 
 def _movable(recipe: Recipe, directory: Path) -> dict[str, Any]:
-    """Return a recipe as plain data for a file in `directory`. Its data sets on this disk are found from there.
+    """Return a recipe as plain data for a file in `directory`.
 
-    Data sets keep their paths, which are a part of stage keys: `data.root` becomes the folder that has them. They get new paths, relative
-    to `directory`, only if there is no such folder, if the recipe has a `data.root`, if another data set may be in TADISTILL_DATA, or if
-    the working directory has another file with such a path.
+    Data sets keep their paths, which are a part of stage keys: those beside the recipe are then found by `data.root`. They get new paths,
+    relative to `directory`, only if the recipe has another `data.root`, or if the working directory has files with the same paths.
     """
     content = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    local, rooted = {}, bool(recipe.evaluate.tasks)
+    beside = {}
     for key, ref in data_sets(recipe):
-        where = zip(ref.folders, ref.paths, strict=False)
-        place = next(((folder, path) for folder, path in where if path.is_file() or any(path.glob("*.json*"))), None)
-        if ref.load in NAMED or not place:
-            rooted |= ref.load not in tinyworld.SPLITS
-        elif not os.path.isabs(os.path.expanduser(ref.load)):
-            local[key] = ref, *place
-    folders = {folder for _, folder, _ in local.values()}
-    hidden = any(ref.paths[-1].exists() and ref.paths[-1] != path for ref, _, path in local.values())
-    given = recipe.data.root or (rooted and os.environ.get("TADISTILL_DATA"))
-    if len(folders) == 1 and not hidden and not given:
-        return content | {"data": content["data"] | {"root": _seen_from(directory, str(*folders))}}
-    for key, (_, _, path) in local.items():
-        functools.reduce(operator.getitem, key, content)["load"] = _seen_from(directory, str(path))
+        there = next((path for path in ref.paths if path.is_file() or any(path.glob("*.json*"))), None)
+        if there and there != ref.paths[-1] and ref.load not in (*NAMED, *tinyworld.SPLITS):
+            beside[key] = ref, there
+    if not (recipe.data.root or os.environ.get("TADISTILL_DATA") or any(ref.paths[-1].exists() for ref, _ in beside.values())):
+        folder = next((ref._folder for ref, _ in beside.values()), None)
+        return content | ({"data": content["data"] | {"root": _seen_from(directory, str(folder))}} if folder else {})
+    for key, (_, there) in beside.items():
+        functools.reduce(operator.getitem, key, content)["load"] = _seen_from(directory, str(there))
     return content
 
 

@@ -101,7 +101,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("hidden_size", "hiden_size", 4, "has no `hidden_size` (is `hiden_size` a mistyped `hidden_size`?)"),
         ("train: chat", "train: chta", 10, "`data.train`: data set `chta.jsonl` does not exist: there is no `chta.jsonl` in"),
         ("[chat.jsonl]", "[chat.jsonl, no/x.jsonl]", 12, "no does not exist; correct the path"),
-        (OWN, "./mydri", 5, "study/mydri` does not exist: there is no `mydri` in"),
+        (OWN, "./mydri", 5, "model directory `./mydri` does not exist: there is no `mydri` in"),
         (OWN, "https://huggingface.co/org/name/tree/main", 5, "is a web address; write the hub id `org/name`"),
         ("[chat.jsonl]", "['https://example.org/x.jsonl']", 12, "is a web address; download the file and write its path"),
         ("  direct: xl > s", "  - xl > s", 15, "write lines of the form NAME: … below arms, for instance direct: xl > s"),
@@ -112,7 +112,7 @@ def problems(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
         ("hidden_size: 32", "hidden_size: 33", 4, "config.hidden_size of scratch:llama is 33, but it must be a multiple of num_"),
         ("tokenizer: tinyworld", "tokenizer: tinywrld", 6, "tinyworld has no tokenizer `tinywrld`; write tinyworld or tinyworld-bpe"),
         ("steps: 4", "steps: 4, epochs: 1", 14, "`method.optim`: steps is 4 and epochs is 1, but only one of them can set the number of"),
-        (OWN, "x.gguf", 5, "study/x.gguf` does not exist: there is no `x.gguf` in"),
+        (OWN, "x.gguf", 5, "GGUF file `x.gguf` does not exist: there is no `x.gguf` in"),
     ],
 )  # fmt: skip
 def test_a_message_says_what_where_and_how(folder, old, new, line, words):
@@ -180,20 +180,9 @@ def test_a_model_beside_the_recipe_keeps_its_key(folder, monkeypatch):
     inside = load("my.yaml", ["models.t={load: mydir}"])
     monkeypatch.chdir(folder.parent)
     outside = load("study/my.yaml", ["models.t={load: mydir}"])
-    for recipe in (inside, outside):
-        assert recipe.models["t"].load == str(folder / "mydir")
-        assert recipe.written(recipe.models["t"].load) == "mydir"
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_a_folder_without_a_model_does_not_hide_the_model_of_the_hub(folder, monkeypatch, inside):
-    (folder / "gpt2").mkdir()
-    (folder / "gpt2" / "scores.json").write_text("{}")
-    (folder / "gpt3").write_text("notes")
-    (folder / "my.yaml").write_text(RECIPE)
-    monkeypatch.chdir(folder if inside else folder.parent)
-    for name in ("gpt2", "gpt3"):
-        assert load(folder / "my.yaml", [f"models.t={{load: {name}}}"]).models["t"].load == name
+    assert inside.models["t"].load == "mydir"
+    assert outside.models["t"].load == str(folder / "mydir")
+    assert outside.written(outside.models["t"].load) == "mydir"
 
 
 def test_a_study_is_found_by_its_recipe(folder):

@@ -124,24 +124,9 @@ def test_another_file_with_the_same_path_is_not_read(searched, folder, tmp_path)
     check_sources(load(file))
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in the recipe's folder", "elsewhere"])
-def test_data_sets_are_found_from_another_directory(searched, folder, tmp_path, monkeypatch, inside):
-    """They were looked for in the working directory of the search if this is the recipe's folder."""
-    if inside:
-        monkeypatch.chdir(folder)
-    monkeypatch.setenv("TADISTILL_DATA", str(tmp_path / "sets"))  # no data set of the recipe is there
-    _, file = confirmation(searched(FAIR), ("t", "b", "s"), tmp_path / "runs")
-    monkeypatch.chdir(file.parent)
-    found = load(file)
-    assert found.data.train["maths"].load == "maths.jsonl"  # a part of stage keys
-    check_sources(found)
-
-
-@pytest.mark.parametrize("inside", [True, False], ids=["in the recipe's folder", "elsewhere"])
 @pytest.mark.parametrize(("code", "there"), [(None, "recipes"), ("../lib", "lib")])
-def test_paths_beside_the_recipe_work_in_a_copy_of_the_project(folder, tmp_path, monkeypatch, code, there, inside):
-    """They were absolute: models, the folder of data sets, data sets beside the recipe, and the folder of functions. They stayed as in
-    the recipe if the search ran in its folder."""
+def test_paths_beside_the_recipe_work_in_a_copy_of_the_project(folder, tmp_path, monkeypatch, code, there):
+    """They were absolute: models, the folder of data sets, data sets beside the recipe, and the folder of functions."""
     project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     for name in ("recipes/models/b", "recipes/data", "models/t", "recipes/models/a", "lib"):
         (project / name).mkdir(parents=True)
@@ -159,9 +144,8 @@ def test_paths_beside_the_recipe_work_in_a_copy_of_the_project(folder, tmp_path,
     raw |= {"arms": {"mild": "t > a > b > s"}, "methods": {}, "method": {"name": "kd", "optim": {"steps": 8}}, "resources": {}}
     raw["runtime"] |= {"code": code} if code else {}
     (project / "recipes" / "r.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
-    monkeypatch.chdir(project / "recipes" if inside else tmp_path)
-    _, file = confirmation(load(project / "recipes" / "r.yaml"), ("t", "a", "b", "s"), project / "runs")
     monkeypatch.chdir(tmp_path)
+    _, file = confirmation(load(project / "recipes" / "r.yaml"), ("t", "a", "b", "s"), project / "runs")
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     loads = {name: model["load"] for name, model in found["models"].items()}
     assert {name: loads[name] for name in "tb"} == {"t": "../../models/t", "b": "../../recipes/models/b"}
@@ -190,6 +174,6 @@ def test_without_flops_there_is_no_arm_of_equal_compute(searched, tmp_path):
 
 def test_the_printed_command_can_be_pasted(searched, tmp_path):
     choice, file = confirmation(searched(BUDGETS), ("t", "b", "s"), tmp_path / "my runs")
-    assert "# Relative paths start in the folder of this file." in file.read_text(encoding="utf-8")
+    assert "# Run it in the folder where the search ran" in file.read_text(encoding="utf-8")
     assert choice_notes(choice, file, tmp_path / "my runs")[-1].endswith(f"tadistill run '{file}' --runs '{tmp_path / 'my runs'}'")
     assert yaml.safe_load(file.read_text(encoding="utf-8"))["study"] == "lattice-confirm"
