@@ -62,6 +62,7 @@ GLOSSARY: dict[str, str] = {
     "sharpening": "A higher score from lower entropy alone: it vanishes with greedy decoding or at equal entropy.",
     "entropy plane": "A figure of score against entropy. An arm is a curve over decoding temperatures; sharpening alone moves along it.",
     "matched entropy": "Both arms are decoded at temperatures that give the same entropy, so that sharpening cannot help one of them.",
+    "t0.5": "Decoding at temperature 0.5, which a recipe in the long form also measures (`evaluate.also`).",
     "greedy": "Decoding that always takes the most likely token.",
     "sampled": "Decoding that draws tokens from the model's distribution.",
     "exposure bias": "The extra error of a student on its own answers, in per cent of the error on the teacher's answers (ExAccErr).",

@@ -35,6 +35,7 @@ def test_explain_prints_a_key():
         (["Clear"], "excludes 0, also after adjustment"),
         (["entropy", "plane"], "score against entropy"),
         (["TA"], "a model of middle size"),
+        (["t0.5"], "Decoding at temperature 0.5"),
         (["pass@8"], "at least one of k sampled answers"),
         (["~>"], "different tokenizers"),
         (["tempered"], "the assistant's mean entropy"),
