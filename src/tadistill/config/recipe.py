@@ -244,7 +244,7 @@ def trains(recipe: Recipe) -> bool:
 
 def own_functions(recipe: Recipe) -> dict[tuple, str]:
     """Return the names of all functions in the user's own code that a recipe uses, each with its key."""
-    groups: dict[tuple, MethodPatch] = {("method",): recipe.method}
+    groups: dict[tuple, Method | MethodPatch | Arm] = {("method",): recipe.method}
     groups |= {("methods", name): method for name, method in recipe.methods.items()}
     groups |= {("arms", name): arm for name, arm in recipe.arms.items()}
     groups |= {("models", name, "distill"): model.distill for name, model in recipe.models.items()}
