@@ -135,7 +135,7 @@ def compared(gives: str, teacher: Teacher, found: list[Batch], more: list[str], 
     with server(gives, more, log) as session:
         serve = Serve(at=(f"http://127.0.0.1:{PORT}",), gives=gives, k=K)  # type: ignore[arg-type]
         where: Any = {"load": TEACHER, "revision": "main", "dtype": torch.float32, "device": torch.device("cpu")}
-        remote = served_teacher(serve, TEACHER, load_tokenizer(TEACHER), **where)
+        remote = served_teacher(Servers(TEACHER, serve), load_tokenizer(TEACHER), **where)
         works = {
             "here": in_process(teacher, gives),
             "served": lambda batch: remote.scored(batch, 0) if gives == "top_k" else remote.target(batch),

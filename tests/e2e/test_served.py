@@ -132,7 +132,8 @@ class Server:
 
     def teacher(self):
         where = {"load": self.directory, "revision": "main", "dtype": torch.float32, "device": torch.device("cpu")}
-        return served_teacher(Serve(at=self.at, gives=self.gives, k=K), self.directory, byte_tokenizer(), **where)
+        serve = Serve(at=self.at, gives=self.gives, k=K)
+        return served_teacher(served_model_requests.Servers(self.directory, serve), byte_tokenizer(), **where)
 
 
 @pytest.fixture(scope="module")

@@ -258,3 +258,11 @@ class Method(WithMethod):
         """Number of updates in a round, after which new sequences are sampled. It is 1 if the sampler does not work in rounds."""
         epochs = self.sampler.inner_epochs if isinstance(self.sampler, Rounds) else 1
         return self.round_rollouts // self.optim.batch * epochs
+
+    def longest(self, max_prompt: int, max_length: int) -> int:
+        """Return the largest number of tokens (prompt and answer) that a teacher may have to read at once. The arguments are those of
+        `data`."""
+        answer = self.sampler.max_new_tokens if isinstance(self.sampler, OnPolicy) else 0
+        if self.context is None:
+            return max(max_length, max_prompt + answer)
+        return self.context.max_prompt + max(answer, max_length)  # a response of the data set may be nearly as long as its row

@@ -180,37 +180,36 @@ class Checked:
 
 
 def served_teacher(
-    serve: Serve,
-    written: str,
+    servers: Servers,
     tokenizer: PreTrainedTokenizerBase,
     *,
     load: str,
     revision: str,
     dtype: torch.dtype,
     device: torch.device,
+    longest: int = 0,
 ) -> Teacher:
     """Check the servers of a model, and return a teacher that sends its requests to them.
 
     Args:
-        written: the source of the model as written in the recipe, for messages.
         load: the source of the model's files. Only the configuration and the output head are loaded.
         dtype: number format of the head, and of hidden states on their way from the server.
         device: device of the head and of the teacher's outputs.
+        longest: number of tokens of the longest text that the servers must read.
 
     Raises:
-        ConfigError: the variable with the API key is not set.
         ServerFailed: as in `check_servers`.
     """
-    servers, config = Servers(written, serve), fetch_config(load, revision)
-    found = check_servers(servers, names_of(load, written, revision, serve), tokenizer, config)
+    serve, config = servers.serve, fetch_config(load, revision)
+    found = check_servers(servers, names_of(load, servers.model, revision, serve), tokenizer, config, longest)
     name, takes = found[0].name, [server.longest - serve.tokens_for(0) for server in found if server.longest is not None]
     positions = positions_of(config.get_text_config(decoder=True).to_dict())
-    longest = min((n for n in (*takes, positions) if n is not None), default=None)
+    reads = min((n for n in (*takes, positions) if n is not None), default=None)
     if serve.gives == "top_k":
-        return ServedTopK(servers, name, config, device, vocabulary(tokenizer).size, longest)
+        return ServedTopK(servers, name, config, device, vocabulary(tokenizer).size, reads)
     head = read_head(load, revision, dtype)
     placed = replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
-    return ServedHidden(servers, name, config, placed, longest)
+    return ServedHidden(servers, name, config, placed, reads)
 
 
 def names_of(load: str, written: str | None, revision: str, serve: Serve) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from tadistill.config import Method
 from tadistill.models.flops_and_memory import Cost
 from tadistill.plan.inputs import Encoding, Handle, Input, Output, Part, Split, stage_of
 from tadistill.store import key_of
@@ -45,6 +46,12 @@ class Spec(Part):
     def key(self) -> str:
         """The stage's key in the store: a hash of its kind, version and content."""
         return key_of({"kind": self.kind, "version": self.version, **self.content()})
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens (prompt and answer) that a teacher may have to read at once."""
+        method = getattr(self, "method", None) or Method(context=self.data.context)
+        return method.longest(self.data.max_prompt, self.data.max_length)
 
     @property
     def models(self) -> dict[str, Handle]:

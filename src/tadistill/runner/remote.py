@@ -14,11 +14,9 @@ from urllib.parse import urlsplit
 from tadistill.config import Recipe
 from tadistill.config.common import DTYPES
 from tadistill.config.machine import vllm_folder
-from tadistill.config.method import Method
 from tadistill.config.recipe import methods
 from tadistill.config.recipe_files import placed
 from tadistill.config.remote import Api, Serve
-from tadistill.config.sampling import OnPolicy
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering, ServerFailed, TadistillError
 from tadistill.models import sources
@@ -111,16 +109,9 @@ def _examined_servers(recipe: Recipe, name: str) -> Iterator[Found]:
 def longest_text(recipe: Recipe) -> int:
     """Return the largest number of tokens (prompt and answer) that any teacher of the recipe may have to read at once."""
     data = recipe.data
-    lengths = [_longest_of(method, data.max_prompt, data.max_length) for method in methods(recipe)]
+    lengths = [method.longest(data.max_prompt, data.max_length) for method in methods(recipe)]
     answer = recipe.evaluate.max_new_tokens if recipe.analyse and data.test else 0  # teachers read the answers to the test prompts
-    return max([data.max_length, data.max_prompt + answer, *lengths])
-
-
-def _longest_of(method: Method, max_prompt: int, max_length: int) -> int:
-    answer = method.sampler.max_new_tokens if isinstance(method.sampler, OnPolicy) else 0
-    if method.context is None:
-        return max_prompt + answer
-    return method.context.max_prompt + max(answer, max_length)  # a response of the data set may be nearly as long as its row
+    return max([data.max_prompt + answer, *lengths])
 
 
 def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: int | None = None, more: Sequence[str] = ()) -> list[str]:

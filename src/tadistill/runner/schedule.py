@@ -23,6 +23,7 @@ from tadistill.models.flops_and_memory import visible_gpus
 from tadistill.plan.arms import Plan
 from tadistill.plan.graph import Stage, longest_chains
 from tadistill.plan.notes import off_budget, seen_notes
+from tadistill.plan.remote import shared_notes
 from tadistill.plan.task import make_task
 from tadistill.plan.throughput import cores
 from tadistill.runner.interruption import ENDING, StopFlag, Stopped
@@ -59,7 +60,7 @@ def check_first(plan: Plan, store: Store, console: Terminal, stages: Sequence[St
     of_arms = [stage for stage in stages if stage.arms]
     budgets = off_budget(plan) if of_arms else ()
     seen = seen_notes(plan) if any(stage.spec.measures for stage in of_arms) else ()
-    for sentence in (*plan.tokens.cautions(), *budgets, *seen):
+    for sentence in (*plan.tokens.cautions(), *shared_notes(plan), *budgets, *seen):
         console.note(sentence, problem=True)
     for sentence in asked:
         console.note(sentence)

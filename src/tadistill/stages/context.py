@@ -32,6 +32,7 @@ from tadistill.models.modify import column_major, temper_head
 from tadistill.models.prunable_parts import importance
 from tadistill.models.pruning import keep_list, prune, prune_depth
 from tadistill.models.served_model import served_teacher
+from tadistill.models.served_model_requests import Servers
 from tadistill.models.shapes import resized, shape_of
 from tadistill.models.sharding import offload, shard
 from tadistill.models.teachers import Teacher, teacher_of
@@ -169,15 +170,16 @@ class Context(Generic[AnySpec]):
         the recipe names.
 
         Raises:
-            ServerFailed: a server cannot be reached, or runs another model.
+            ServerFailed: a server cannot be reached, runs another model, or takes only shorter texts than the stage has.
         """
         if not isinstance(handle, Loaded) or handle.serve is None:
             model, tokenizer = self.frozen(handle, self.dtype)
             return teacher_of(model), tokenizer
-        revision, where = handle.tokenizer_revision or handle.revision, {"load": handle.source, "revision": handle.revision}
+        revision, servers = handle.tokenizer_revision or handle.revision, Servers(handle.load, handle.serve)
+        where: dict[str, Any] = {"load": handle.source, "revision": handle.revision, "longest": self.spec.longest}
         with _unchanged_files(handle):
             tokenizer = load_tokenizer(handle.tokenizer_source, revision=revision, world=self.spec.data.world.model_dump())
-            return served_teacher(handle.serve, handle.load, tokenizer, dtype=self.dtype, device=self.device, **where), tokenizer
+            return served_teacher(servers, tokenizer, dtype=self.dtype, device=self.device, **where), tokenizer
 
     def tokenizer(self, files: TokenizerFiles) -> PreTrainedTokenizerBase:
         """Load a tokenizer without its model."""

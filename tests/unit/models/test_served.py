@@ -51,7 +51,7 @@ def as_new(here, monkeypatch):
 def connected(here, gives="hidden", *, dtype=torch.float32, **settings):
     serve = Serve(at=here.at, gives=gives, **settings)
     where = {"load": here.directory, "revision": "main", "device": torch.device("cpu")}
-    return served_teacher(serve, here.directory, byte_tokenizer(), dtype=dtype, **where)
+    return served_teacher(Servers(here.directory, serve), byte_tokenizer(), dtype=dtype, **where)
 
 
 def texts(here, path):
@@ -80,6 +80,12 @@ def test_the_meter_counts_each_logit_once(here, gives):
 
     served, local = (counted(teacher) for teacher in (connected(here, gives), teacher_of(byte_model(seed=3))))
     assert served["heads"] == local["heads"] == int(BATCH.mask_BT.sum())
+
+
+def test_a_stage_does_not_start_with_a_server_of_shorter_texts(here):
+    where = {"load": here.directory, "revision": "main", "device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ServerFailed, match="takes at most 128 tokens, but the recipe allows 129"):
+        served_teacher(Servers(here.directory, Serve(at=here.at)), byte_tokenizer(), longest=129, **where)
 
 
 def test_half_precision_travels_as_half_precision(here):
@@ -168,7 +174,7 @@ def test_several_servers_share_the_work(here):
             return reply
 
         teacher = served_teacher(
-            Serve(at=(here.at, other.at), requests=1), here.directory, byte_tokenizer(),
+            Servers(here.directory, Serve(at=(here.at, other.at), requests=1)), byte_tokenizer(),
             load=here.directory, revision="main", dtype=torch.float32, device=torch.device("cpu"),
         )  # fmt: skip
         here.fault = other.fault = wait
