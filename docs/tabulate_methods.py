@@ -104,7 +104,7 @@ def verdict(results: Results) -> list[str]:
                 sides[ahead].append(f"`{arm}`")
         level = [f"`{arm}`" for arm in students if f"`{arm}`" not in sides[True] + sides[False]]
         parts = [f"{word} {', '.join(found) or 'none'}" for word, found in (("higher:", sides[True]), ("lower:", sides[False]))]
-        lines.append(f"- {name}: {'; '.join(parts)}; no evidence of a difference: {', '.join(level) or 'none'}.")
+        lines.append(f"- {name}: {'; '.join(parts)}; undecided: {', '.join(level) or 'none'}.")
     return lines
 
 

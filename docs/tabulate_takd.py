@@ -15,7 +15,7 @@ from results_page import HERE, RUNS, cell, gap, read_study, table, write_page
 from tadistill.metrics import MEAN, metric_unit
 from tadistill.results.collect import Results, primary_metric
 from tadistill.results.number_text import flops_text, gap_text, number, ratio_text, summary_text
-from tadistill.results.verdict import Comparison, comparisons
+from tadistill.results.verdict import SHOWN, Comparison, comparisons
 
 STUDY = "tinyworld-all-paths"
 DIRECT = "direct"
@@ -92,7 +92,7 @@ def chains_table(results: Results) -> str:
     for c in comparisons(results):
         others = [gap(results, c.arm, c.other, m) for m in ("fact_accuracy@greedy", "rouge_l", "reverse_kl")]
         against = f"`{c.other}`" + ("" if c.against == "equal compute" else " (less compute)")
-        numbers = [gap_text(c.difference, metric), f"{c.p_holm:.3f}", c.word]
+        numbers = [gap_text(c.difference, metric), f"{c.p_holm:.3f}", SHOWN[c.word]]
         rows.append([f"`{c.arm}`", against, *numbers, *others, gap(results, c.arm, DIRECT, metric)])
     columns = ["arm", "against", "fact accuracy", "Holm p", "verdict", "greedy", "ROUGE-L", "KL(q‖T)"]
     return table([*columns, f"against `{DIRECT}`, as if the TA were free"], rows, left=("arm", "against", "verdict"))
