@@ -58,7 +58,8 @@ class OwnFunction:
         except ValueError:  # some functions written in C have no signature
             return
         given = signature.parameters.values()
-        names = [each.name for each in given if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)][len(positions) :]
+        filled = _filled(signature, positions)
+        names = [each.name for each in given if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and each.name not in filled]
         unknown = next((name for name in settings if name not in names), None)
         if unknown and not any(each.kind is each.VAR_KEYWORD for each in given):
             takes = f"it takes {listed(names)}" if names else "it takes no settings"
@@ -71,6 +72,14 @@ class OwnFunction:
             raise ConfigError(
                 f"`{self.name}` in {self.file} takes {signature}, but {how} ({wanted}): {error}; change the function"
             ) from error
+
+
+def _filled(signature: inspect.Signature, positions: tuple[str, ...]) -> set[str]:
+    # the parameters that get the positional arguments
+    try:
+        return {*signature.bind_partial(*positions).arguments}
+    except TypeError:  # there are too many, which the call itself says
+        return set()
 
 
 def load_function(name: str, folder: str | Path | None) -> OwnFunction:

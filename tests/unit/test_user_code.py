@@ -91,6 +91,8 @@ def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
             rf"{PLACE}`settings` has `scale`, which `.*:loss` in .*\.py does not take; did you mean `scal`\?$",
         ),
         (("teacher, scale=1.0", "teacher"), r"does not take; it takes no settings; remove the setting, or change the function$"),
+        (("(student, teacher, scale=1.0", "(student, teacher, /, scal=1.0"), r"does not take; did you mean `scal`\?$"),
+        (("(student, teacher, scale=1.0", "(student, *, scale=1.0"), r"is called with .*: too many positional arguments; change"),
         (("teacher, scale=1.0", "teacher, other, scale=1.0"), r"is called with \(student_logits, teacher_logits, scale=…\)"),
         (
             ("def loss", "def los"),
@@ -105,6 +107,13 @@ def test_the_source_is_part_of_the_identity_of_the_stages_that_use_it(study):
 def test_mistakes_are_found_by_the_plan(study, change, words):
     with pytest.raises(ConfigError, match=words):
         make_plan(study(CODE.replace(*change)))
+
+
+@pytest.mark.parametrize("given", ["student, teacher, /", "*logits", "student, /, teacher"])
+def test_positions_without_a_name_hide_no_setting(study, given):
+    """The first settings of such a loss were unknown."""
+    code = CODE.replace("loss(student, teacher", f"loss({given}")
+    try_own_code(study(code.replace("student - teacher", "logits[0] - logits[1]") if "*" in given else code))
 
 
 @pytest.mark.parametrize(
