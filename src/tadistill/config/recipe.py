@@ -150,6 +150,11 @@ class Recipe(Strict):
         """Return the source of a model or tokenizer as the recipe's file writes it. `source` is this source, or its resolved path."""
         return self._origin.written.get(source, source) if self._origin and source else source
 
+    def served_as(self, name: str) -> str | None:
+        """Return the name of a model on its servers if it is none of its files: such a server may compute other numbers than the files."""
+        model = self.models[name]
+        return model.serve and model.serve.other_name(model.load, self.written(model.load))
+
     def data_of(self, names: Iterable[str]) -> Data:
         """Return `data` with the template of the models `names`, which share a tokenizer.
 

@@ -121,7 +121,7 @@ class StageBuilder:
             seed=seed if model.load.startswith("scratch:") else None,
             tokenizer_revision=None if revision == model.revision else revision,
             serve=model.serve,
-            served_as=model.serve and model.serve.other_name(model.load, written(model.load)),
+            served_as=self.recipe.served_as(name),
             sends=model.serve and model.serve.signal,
         )
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from tadistill.config import Method, Recipe
 from tadistill.config.arm import routed
 from tadistill.config.common import DTYPES, Precision
-from tadistill.config.model import ModelConfig
 from tadistill.config.remote import Api, Serve, check_served, check_text_only
 from tadistill.data import datasets, hub
 from tadistill.data.prompts import messages
@@ -136,7 +135,7 @@ def served_notes(plan: "Plan") -> Iterator[str]:
 def shared_notes(plan: "Plan") -> Iterator[str]:
     """Yield a sentence for each pair of models that count as one teacher, because they differ only in `serve`."""
     for (one, first), (two, second) in combinations(plan.recipe.models.items(), 2):
-        if first.serve == second.serve or _without_addresses(first) != _without_addresses(second):
+        if first.serve == second.serve or _without_addresses(plan.recipe, one) != _without_addresses(plan.recipe, two):
             continue
         of_one, of_two = ({arm.name for arm in plan.arms if name in arm.arm.models} for name in (one, two))
         shared = (s.arms for s in plan.stages.values() if running(s.spec) and s.arms & of_one and s.arms & of_two)
@@ -148,10 +147,13 @@ def shared_notes(plan: "Plan") -> Iterator[str]:
             )
 
 
-def _without_addresses(model: ModelConfig) -> tuple[object, ...]:
-    serve = model.serve
-    sent = (serve.signal, serve.other_name(model.load)) if serve else (None, None)
-    return *sent, model.model_dump(include={"load", "revision", "tokenizer", "config", "sft"})
+def _without_addresses(recipe: Recipe, name: str) -> tuple[object, ...]:
+    model = recipe.models[name]
+    return (
+        model.serve and model.serve.signal,
+        recipe.served_as(name),
+        model.model_dump(include={"load", "revision", "tokenizer", "config", "sft"}),
+    )
 
 
 def _precision(spec: Spec) -> Precision:

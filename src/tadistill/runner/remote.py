@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
@@ -43,7 +44,10 @@ if TYPE_CHECKING:
 
 _LONGER = 4
 """Largest assumed ratio of the numbers of tokens that a text has with two tokenizers."""
-_OTHER_NUMBERS = ("--quantization", "--q", "--dtype", "--kv-cache-dtype")
+_OTHER_NUMBERS = (
+    *("--quantization", "--quantization-config", "--dtype", "--kv-cache-dtype", "--hf-overrides", "--lora-modules"),
+    *("--load-format dummy", "--load-format bitsandbytes"),
+)
 """Arguments of `vllm serve` with which a server computes other numbers than the model's files."""
 Found = tuple[str, Literal["ok", "warning", "problem"], str, str]
 """A line of `tadistill doctor`: a title, a state, a description of the server or the problem, and a way to mend it."""
@@ -135,11 +139,10 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
         raise ConfigError(f"models.{name} is trained by this study, so no server can run it; name a model that only teaches")
     serve = model.serve or Serve(at=("http://127.0.0.1:8000",))
     serve.check_k(name, (Ledger(recipe).config(name) or {}).get("vocab_size"))
-    given = [f"--{each.partition('=')[0].lstrip('-').replace('_', '-')}" for each in more]
-    if serve.name is None and (other := next((each for each in given if each in _OTHER_NUMBERS), None)):
+    if recipe.served_as(name) is None and (other := _other_numbers(more)):
         raise ConfigError(
             f"with `{other}`, the server computes other numbers than the files of models.{name}; give the model on the server a name of "
-            f"its own, such as `serve: {{at: {serve.at[0]}, name: {name}-{other.strip('-')}}}`"
+            f"its own, such as `serve: {{at: {serve.at[0]}, name: {name}-{other.strip('-').replace(' ', '-')}}}`"
         )
     hub = sources.parse_source(model.load).kind == "hub"
     found = ["vllm", "serve", model.load if hub else str(sources.fetch(model.load, model.revision))]
@@ -154,6 +157,18 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
         return [*found, "--max-logprobs", str(serve.k), *more]
     pooler = json.dumps({"task": "token_embed", "use_activation": False})
     return [*found, "--runner", "pooling", "--convert", "embed", "--pooler-config", pooler, *more]
+
+
+def _other_numbers(more: Sequence[str]) -> str | None:
+    # the first argument with which a server computes other numbers; vLLM also reads `--a=b`, `--a_b`, `--a.key` and the beginning of a name
+    words = [word for each in more for word in (each.split("=", 1) if each.startswith("-") else [each])]
+    for word, value in pairwise([*words, ""]):
+        option = f"--{word.partition('.')[0].lstrip('-').replace('_', '-')}"
+        for other in _OTHER_NUMBERS:
+            name, _, of = other.partition(" ")
+            if word.startswith("-") and option != "--" and name.startswith(option) and of in ("", value):
+                return other
+    return None
 
 
 def _longest_for(recipe: Recipe, name: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tadistill.config import parse
+from tadistill.config import load, parse
 from tadistill.config.remote import Serve
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
@@ -178,12 +178,34 @@ def test_two_arms_that_are_one_training_are_named(recipe, directory, tmp_path):
     assert "so direct and quantised have stages in common. If a server runs other weights, such as quantised ones, give them a name" in text
 
 
-@pytest.mark.parametrize("more", [["--quantization", "fp8"], ["--quantization=fp8"], ["-q", "fp8"], ["--kv_cache_dtype", "fp8"]])
-def test_a_server_of_other_numbers_needs_a_name(recipe, more):
-    with pytest.raises(ConfigError, match=r"other numbers than the files of models\.xl; give the model on the server a name of its"):
-        server_command(recipe(), "xl", more=more)
+def test_a_name_of_the_models_files_is_no_other_name(directory, tmp_path):
+    """The folder beside the recipe, and its path, are one source: the name shared a key, but no sentence said so."""
+    (tmp_path / "models").symlink_to(Path(directory).parent)
+    near = f"models/{Path(directory).name}"
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("DIRECTORY", near))
+    given = f"models.xq={{load: {near}, serve: {{at: http://b:1, name: {near}}}}}", BOTH
+    plan = make_plan(load(tmp_path / "r.yaml", given))
+    assert sum(stage.kind == "distill" for stage in plan.stages.values()) == 1
+    assert "xl and xq count as one teacher, because" in " ".join(notes(plan, tmp_path).split())
+    with pytest.raises(ConfigError, match=r"other numbers than the files of models\.xq; give the model on the server a name of its"):
+        server_command(plan.recipe, "xq", more=["--quantization", "fp8"])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *(["--quantization", "fp8"], ["--quantization=fp8"], ["-q", "fp8"], ["--kv_cache_dtype", "fp8"], ["--dty", "half"]),
+        *(["--hf-overrides", "{}"], ["--hf-overrides.rope_theta", "9"], ["--quantization-config", "{}"], ["--lora-modules", "a=b"]),
+        *(["--load-format", "dummy"], ["--load_format=dummy"]),
+    ],
+)
+def test_a_server_of_other_numbers_needs_a_name(recipe, directory, more):
+    for own in ((), (f"models.xl.serve={{at: http://a:1, name: {directory}}}",)):
+        with pytest.raises(ConfigError, match=r"other numbers than the files of models\.xl; give the model on the server a name of its"):
+            server_command(recipe(*own), "xl", more=more)
     named = server_command(recipe("models.xl.serve={at: http://a:1, name: xl-fp8}"), "xl", more=more)
     assert named[named.index("--served-model-name") + 1] == "xl-fp8"
+    server_command(recipe(), "xl", more=["--load-format", "safetensors", "--", "-tp", "2"])
 
 
 def test_a_served_teacher_needs_no_memory_here(recipe):
