@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import uuid
 import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -45,6 +46,7 @@ _ALIGNED = 64  # each weight begins at a multiple of this number of bytes
 _CHECKED = 16  # number of tokens that are sampled to compare vLLM's log-probabilities with those of transformers
 _APART = {torch.float32: 0.01, torch.bfloat16: 0.1}
 """Largest accepted difference of log-probabilities between vLLM and transformers, as a share of their size. Rounding causes less."""
+_LONGEST_SOCKET = 107  # largest number of bytes of a socket's path
 _GOODBYE = 10.0  # seconds in which vLLM's process may end by itself
 _OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Environment variables that vLLM's process does not get: they concern only this process, or vLLM's sleep mode does not work with them."""
@@ -170,7 +172,8 @@ class Vllm:
     def _start(self) -> None:
         weights, python = self._weights(), vllm_folder() / "python"
         self._memory = _SharedMemory(weights, self.launch.dtype)
-        command, temporary = [str(python), "-I", str(vllm_process.__file__)], tempfile.mkdtemp(prefix="tadistill-vllm-")
+        command, temporary = [str(python), "-I", str(vllm_process.__file__)], _temporary()
+        unused = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)  # if the process does not start
         with self.launch.log.open("a") as log, tempfile.TemporaryDirectory() as directory:
             self._describe().save_pretrained(directory)
             self._process = subprocess.Popen(
@@ -182,9 +185,10 @@ class Vllm:
                 text=True,
                 start_new_session=True,  # Ctrl-C then reaches only the command, which decides which processes end
             )
-            self._make_room()
             patience = _GOODBYE if self.launch.settings.tensor_parallel > 1 else 0.0
             self.close = weakref.finalize(self, _end, self._process, patience, temporary)
+            unused.detach()
+            self._make_room()
             self.version = self._order({"engine": self._arguments(directory), "weights": self._memory.layout})["version"]
         self._hand_over()
         self._check()
@@ -266,6 +270,13 @@ class _SharedMemory:
     def write(self, weights: dict[str, Tensor]) -> None:
         for place, weight in zip(self._places, weights.values(), strict=True):
             place.copy_(weight)
+
+
+def _temporary() -> str:
+    # a folder for all that vLLM leaves; its sockets are DIRECTORY/UUID, and a longer path than `_LONGEST_SOCKET` is refused by the system
+    folder = tempfile.gettempdir()
+    longest = len(os.fsencode(folder)) + len("/tv-12345678/") + len(str(uuid.UUID(int=0)))
+    return tempfile.mkdtemp(prefix="tv-", dir="/tmp" if longest > _LONGEST_SOCKET else folder)
 
 
 def _environment(launch: Launch) -> dict[str, str]:

@@ -1,8 +1,14 @@
 """What vLLM is given: a model's weights by their names in a file, in memory that another process maps. tests/e2e/test_vllm.py runs vLLM."""
 
+import gc
 import io
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import uuid
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -24,7 +30,7 @@ from tadistill.models.modify import adapt, merged, plain_weights
 from tadistill.plan.arms import make_plan
 from tadistill.plan.preview import preview
 from tadistill.plan.task import layout, make_task, planned_memory, process_bytes
-from tadistill.rollout.vllm import Launch, Vllm, _environment, _SharedMemory
+from tadistill.rollout.vllm import Launch, Vllm, _environment, _SharedMemory, _temporary
 from tadistill.runner import preflight, schedule
 from tadistill.store import Store
 
@@ -77,24 +83,53 @@ def launch(tmp_path, **changed):
     return Launch(**(usual | {"changes": True} | changed))
 
 
-def test_an_ended_engine_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch):
+@pytest.fixture
+def temporary(monkeypatch):
+    """A temporary folder of this test, with a short path."""
+    with tempfile.TemporaryDirectory(prefix="test-", dir="/tmp") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+def test_an_ended_engine_leaves_nothing_in_the_temporary_folder(tmp_path, temporary, monkeypatch):
     """vLLM's sockets stayed there, and the file in which its workers meet."""
-    program, temporary = tmp_path / "bin" / "python", tmp_path / "temporary"
+    program = tmp_path / "bin" / "python"
     program.parent.mkdir()
-    temporary.mkdir()
     program.write_text(
         f"#!{sys.executable}\nimport pathlib, sys, tempfile\npathlib.Path(tempfile.gettempdir(), 'socket').touch()\n"
         'for line in sys.stdin:\n    print(\'{"version": "0"}\', flush=True)\n'
     )
     program.chmod(0o755)
     monkeypatch.setattr("tadistill.rollout.vllm.vllm_folder", lambda: program.parent)
-    monkeypatch.setattr("tempfile.tempdir", str(temporary))
     monkeypatch.setattr(Vllm, "_check", lambda engine: None)
     engine = Vllm(tiny_model("llama"), Decoding(), eos=(1,), vocab=8, launch=launch(tmp_path))
     engine._start()
     assert [path.name for path in temporary.rglob("*") if path.is_file()] == ["socket"]
     engine.close()
     assert not [*temporary.iterdir()]
+
+
+def test_a_process_that_does_not_start_leaves_nothing_in_the_temporary_folder(tmp_path, temporary, monkeypatch):
+    monkeypatch.setattr("tadistill.rollout.vllm.vllm_folder", lambda: tmp_path / "nowhere")
+    engine = Vllm(tiny_model("llama"), Decoding(), eos=(1,), vocab=8, launch=launch(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        engine._start()
+    del engine
+    gc.collect()
+    assert not [*temporary.iterdir()]
+
+
+@pytest.mark.parametrize(("size", "own"), [(40, True), (58, True), (59, False), (90, False)])
+def test_a_socket_has_a_path_that_the_system_accepts(temporary, monkeypatch, size, own):
+    """The folder's name took 24 of the 107 bytes, so vLLM could not start in a temporary folder with a path of 50."""
+    folder = temporary / ("x" * (size - len(str(temporary)) - 1))
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    made = Path(_temporary())
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(made / str(uuid.uuid4())))
+    shutil.rmtree(made)
+    assert made.parent == (folder if own else Path("/tmp"))
 
 
 def test_each_rank_has_a_gpu_of_its_own(tmp_path, monkeypatch):
