@@ -38,6 +38,11 @@ class SamplerBase(Strict):
         return False
 
     @property
+    def has_second_law(self) -> bool:
+        """True if the first version of the sampler drew tokens from another distribution."""
+        return False
+
+    @property
     def label(self) -> str:
         """Name of the sampler in reports: its `type`, and whether its text was recorded."""
         return self.type  # type: ignore[attr-defined]
@@ -225,6 +230,12 @@ class SpeculativeSampler(Rounds):
     type: Literal["speculative"] = "speculative"
     k: int = Field(default=25, ge=1, le=MOST)
     """A token of the student is kept if it is among the teacher's k most probable tokens."""
+
+    @property
+    def has_second_law(self) -> bool:
+        # the k tokens were those under the decoding settings, so tokens of probability 0 could be among them; of all temperatures, only
+        # low ones make likely tokens so improbable that their probability is stored as 0
+        return self.temperature < 0.5 or not self.model_copy(update={"temperature": 1.0}).plain
 
     @property
     def guided(self) -> bool:

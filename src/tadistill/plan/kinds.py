@@ -133,7 +133,7 @@ class DistillSpec(TrainingSpec):
         found = super().content()
         method = {name: found.pop(name) for name in ("objective", "sampler")}
         over_spans = {"over_spans": 3 if self.objective.type in ("minillm", "uld", "gold") else 2} if self.teacher_data else {}
-        second = {"behaviour": self.method.keeps_behaviour, "speculation": self.sampler.type == "speculative" and not self.sampler.plain}
+        second = {"behaviour": self.method.keeps_behaviour, "speculation": self.sampler.has_second_law}
         return found | {"method": method} | over_spans | {name: 2 for name, holds in second.items() if holds}
 
     def cost(self, ledger: "Ledger", model: str, teachers: tuple[str, ...]) -> Cost | None:
