@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ def fused_divergence(
         mask: (...) bool, True for a token that is included (all tokens by default), or one weight per token.
         vocab: use only the first `vocab` tokens of both heads (or of the teacher's logits), and normalise the probabilities over them.
         parameters: further arguments of `divergence`. A tensor, such as `from_teacher`, has values of tokens, and broadcasts to (...). A
-            setting that is a tensor belongs to the function: `functools.partial(divergence, name=tensor)`.
+            tensor with one number and fewer axes is a setting. A setting with several numbers belongs to the function:
+            `functools.partial(divergence, name=tensor)`.
 
     Returns:
         Two tensors. The first is the weighted sum, a scalar with gradients to the hidden states and to the head's weight and bias. The
@@ -84,14 +86,15 @@ def fused_divergence(
     check_head(student_head, "`student_head`")
     weights = torch.ones(student_hidden.shape[:-1], device=student_hidden.device) if mask is None else mask
     checks.weights("mask", weights, student_hidden)
-    checks.no_gradient(**{**getattr(divergence, "keywords", {}), **parameters, "mask": mask, "temperature": temperature})
+    own = divergence.keywords if isinstance(divergence, partial) else {}
+    checks.no_gradient(**{**own, **parameters, "mask": mask, "temperature": temperature})
     counted = weights != 0
     targets, mixture = _targets(student_hidden, teacher, mixture)
     term = TeacherTerm.at(counted, divergence, parameters, mixture, temperature)
     hidden, teachers = student_hidden[counted], [select(t, counted) for t in targets]
     total, found = fused_terms([term], hidden, student_head, weights[counted].unsqueeze(0), teachers=teachers, vocab=vocab)
     if bool(found.isnan().any()):
-        check_numbers(found, hidden, student_head, teachers)
+        check_numbers(found, hidden, student_head, teachers, vocab)
     return total, torch.zeros(counted.shape, dtype=found.dtype, device=found.device).masked_scatter(counted, found[0])
 
 

@@ -278,21 +278,23 @@ class TeacherTerm:
         return student, mixed, self.temperature
 
 
-def check_numbers(found: Tensor, hidden: Tensor, head: Head, teachers: Sequence[Target]) -> None:
-    """Raise a ConfigError if the values `found` contain NaN. It says why: what is not finite in the student or in a teacher."""
+def check_numbers(found: Tensor, hidden: Tensor, head: Head, teachers: Sequence[Target], vocab: int | None) -> None:
+    """Raise a ConfigError if the values `found` contain NaN. It says why: what is not finite in the student or in a teacher, among the
+    first `vocab` tokens."""
     checks.states("student_hidden", hidden)
-    _check_finite(head, "`student_head`")
+    _check_finite(head, "`student_head`", vocab)
     for target in teachers:
         if isinstance(target, Hidden):
             checks.states("teacher", target.states)
-            _check_finite(target.head, "the teacher's head")
-    checks.result(found, student_hidden=hidden, teacher=torch.cat([per_token(target).flatten() for target in teachers]))
+            _check_finite(target.head, "the teacher's head", target.vocab or vocab)
+    used = [per_token(select(target, slice(None), vocab)).flatten() for target in teachers]
+    checks.result(found, student_hidden=hidden, teacher=torch.cat(used))
 
 
-def _check_finite(head: Head, name: str) -> None:
-    wrong = ~head.weight.isfinite().all(dim=1)
+def _check_finite(head: Head, name: str, vocab: int | None) -> None:
+    wrong = ~head.weight[:vocab].isfinite().all(dim=1)
     if head.bias is not None:
-        wrong |= head.bias.isnan() | head.bias.isposinf()
+        wrong |= head.bias[:vocab].isnan() | head.bias[:vocab].isposinf()
     if rows := wrong.nonzero().flatten().tolist():
         more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
         raise ConfigError(

@@ -329,6 +329,34 @@ def test_heads_that_are_no_numbers(wrong):
     refused(lambda: fused_divergence(reverse_kl, hidden, varied, target), "`student_hidden` contains NaN or infinity")
 
 
+@pytest.mark.parametrize("kind", ["student", "teacher", "logits"])
+def test_rows_that_are_not_used_are_not_blamed(kind):
+    """The message named a row beyond `vocab`, on which nothing depends."""
+
+    def own(student, teacher, *, temperature=1.0):
+        return (student - teacher).sum(-1) * NAN
+
+    broken = WEIGHT.clone()
+    broken[7] = NAN
+    target = {
+        "student": TARGET,
+        "teacher": Hidden(HIDDEN, Head(broken)),
+        "logits": torch.ones(2, 3, 9).index_fill(-1, torch.tensor(7), NAN),
+    }
+    head = Head(broken if kind == "student" else WEIGHT)
+    refused(lambda: fused_divergence(own, HIDDEN, head, target[kind], vocab=6), "the divergence of student_hidden and teacher overflows")
+
+
+def test_an_attribute_of_a_loss_of_ones_own_is_no_setting():
+    class Own:
+        keywords = ("first", "second")
+
+        def __call__(self, student, teacher, *, temperature=1.0):
+            return (student - teacher).abs().sum(-1)
+
+    assert fused_divergence(Own(), HIDDEN, Head(WEIGHT), TARGET)[1].isfinite().all()
+
+
 def test_a_bias_that_is_no_number():
     bias = torch.zeros(len(WEIGHT))
     bias[2] = -math.inf  # a token without probability
