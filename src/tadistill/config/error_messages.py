@@ -274,7 +274,8 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
         if re.search(r"[.:]", other) and other != plain:
             return "", f"did you mean `{other}`?"
         if found := _places(root).get(other):
-            place = max(found, key=lambda place: _shared(place.split("."), key))  # of two, the one with fewer words
+            # of two, that of a training in place of that of `evaluate`, and then the one with fewer words
+            place = max(found, key=lambda place: (_shared(place.split("."), key), not place.startswith("evaluate.")))
             return "", f"did you mean `{place}`{'' if '.' in place else ', at the top level of the recipe'}?"
     return "", f"the known keys here are: {', '.join(here)}."
 

@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tadistill.config.recipe_files import (
     with_loader,
 )
 from tadistill.config.reference import classes, named_classes
-from tadistill.config.shorthand import SHORT_KEYS, is_short, lines_of_whole, whole
+from tadistill.config.shorthand import SHORT_KEYS, in_short, is_short, lines_of_whole, whole
 from tadistill.errors import ConfigError, about, leads_nowhere
 from tadistill.text import counted
 
@@ -118,8 +118,7 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
     Raises:
         ConfigError: the text is not YAML, or the recipe breaks a rule.
     """
-    raw, lines = _whole(*_merged(given, overrides, source, "seeds=[10]", Recipe), source)
-    recipe = _validated(Recipe, raw, source, lines)
+    recipe, lines = _built(*_merged(given, overrides, source, "seeds=[10]", Recipe), source)
     if folder:
         recipe = settled(recipe, source, folder, lines)
     return _with_code(recipe, source, folder, lines) if own_functions(recipe) else recipe
@@ -128,16 +127,16 @@ def parse(given: str | dict[str, typing.Any], overrides: typing.Sequence[str] = 
 def validate(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
     """Build a recipe from plain data (a dict). Raises ConfigError if the recipe breaks a rule. `source` is the recipe's name in
     messages."""
-    raw, lines = _whole(raw, {}, source)
-    return _validated(Recipe, raw, source, lines)
+    return _built(raw, {}, source)[0]
 
 
-def _whole(raw: dict[str, Any], lines: Lines, source: str) -> tuple[dict[str, Any], Lines]:
-    # a recipe in its long form, and the line of each of its keys
+def _built(raw: dict[str, Any], lines: Lines, source: str) -> tuple[Recipe, Lines]:
+    # a recipe, and the line of each key of its long form
     if not is_short(raw):
-        return raw, lines
+        return _validated(Recipe, raw, source, lines), lines
     with about(source):
-        return whole(raw), lines_of_whole(lines)
+        raw, lines = whole(raw), lines_of_whole(lines)
+    return _validated(Recipe, raw, source, lines, in_short), lines
 
 
 def _with_code(recipe: Recipe, source: str, folder: Path | None, lines: Lines) -> Recipe:
@@ -166,12 +165,14 @@ def read_settings(model: type[Settings], given: dict[str, Any], overrides: typin
     return _validated(model, _merged(given, overrides, source, "temperature=0.5", model)[0], source, {})
 
 
-def _validated(model: type[Settings], raw: dict[str, Any], source: str, lines: Lines) -> Settings:
+def _validated(
+    model: type[Settings], raw: dict[str, Any], source: str, lines: Lines, worded: Callable[[str], str] = lambda sentence: sentence
+) -> Settings:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
         found = problems(error, raw, model)
-        sentences = [f"{where(source, lines, key)}{text}" for key, text in found[:_SHOWN]]
+        sentences = [worded(f"{where(source, lines, key)}{text}") for key, text in found[:_SHOWN]]
         left = len(found) - _SHOWN
         more = counted(left, "more problem is", "more problems are")
         rest = [f"{source}: {more} shown when those above are corrected"] if left > 0 else []

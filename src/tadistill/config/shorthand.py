@@ -10,6 +10,7 @@ in the same place override these keys.
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,6 +132,11 @@ def _selects(value: Any, at: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 def lines_of_whole(lines: dict[tuple, int | str]) -> dict[tuple, int | str]:
     """Return the line of each key in the long form of a recipe. `lines` has the line of each key in its short form."""
     return {("models", *key) if key and key[0] in SHORT_KEYS else key: line for key, line in lines.items()}
+
+
+def in_short(sentence: str) -> str:
+    """Return a sentence about a recipe in its long form with the keys of its short form."""
+    return re.sub(rf"\bmodels\.(?=({'|'.join(SHORT_KEYS)})\b)", "", sentence)
 
 
 # --- methods of the user's own --------------------------------------------------------------------------------------------

@@ -115,11 +115,12 @@ def place(index: int, line: int | None) -> str:
     return f"row {index + 1}" if line is None else f"line {line}"
 
 
-def no_column(row: dict[str, Any], wanted: str, where: str, *, example: str = "instruction: question, output: answer") -> str:
-    """Return the error message for a row without the column `wanted`. `example` shows how `columns` names another column."""
+def no_column(row: dict[str, Any], wanted: str, where: str, *, corpus: bool = False) -> str:
+    """Return the error message for a row without the column `wanted`, or for a document of a `corpus`."""
     names = ", ".join(map(str, row)).encode("utf-8", "backslashreplace").decode()
-    fix = f"Name the column in `columns` of this data set, for instance columns: {{{example}}}"
-    if "conversations" in row:  # of ShareGPT
+    example = "{text: body}" if corpus else "{instruction: question, output: answer}"
+    fix = f"Name the column in `columns` of this data set, for instance columns: {example}"
+    if "conversations" in row and not corpus:  # of ShareGPT
         fix = 'Write the turns as messages: [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]'
     return f"{where} has no column {wanted}; its columns are {names[:300]}. {fix}"
 

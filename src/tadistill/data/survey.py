@@ -215,7 +215,7 @@ def _documents(ref: DataRef, world: World, root: str | None) -> Iterator[str | D
         where = where_of(ref, i, line)
         try:
             if column not in right(row):
-                raise DataError(no_column(right(row), f"`{column}` (the text of a document)", where, example="text: body"))
+                raise DataError(no_column(right(row), f"`{column}` (the text of a document)", where, corpus=True))
             yield text(right(row)[column], f"column `{column}` of the corpus", where)
         except DataError as error:
             yield error

@@ -95,7 +95,8 @@ def test_without_dev_select_is_read_and_cannot_choose(key, select, words):
     change = {"method": {"name": "gkd", "select": select}} if key == "method.select" else {"student": MODEL | {"sft": {"select": select}}}
     with pytest.raises(ConfigError) as error:
         validate(SHORT | {"data": {"train": "tinyworld", "test": "tinyworld"}} | change)
-    assert words.format(key) in str(error.value) or words.format(f"models.{key}") in str(error.value)
+    assert words.format(key) in str(error.value)
+    assert "models." not in str(error.value)
 
 
 def test_one_test_set_needs_no_list_in_both_forms():
@@ -120,7 +121,7 @@ def test_one_test_set_needs_no_list_in_both_forms():
     ("change", "words"),
     [
         ({"arms": {"a": "x"}}, "has `student` .a key of the short form. and also `arms`"),
-        ({"teacher": None}, "models.teacher"),
+        ({"teacher": None}, "`teacher` has no value"),
         ({"method": "gdk"}, "did you mean `gkd`"),
         ({"method": None, "data": {"train": "tinyworld", "test": "tinyworld"}}, "`method`"),
         ({"data": {"train": "tinyworld"}}, "`data.test` is missing"),
@@ -164,7 +165,7 @@ def test_a_missing_dev_set_is_named_with_all_other_mistakes_and_their_lines(tmp_
     with pytest.raises(ConfigError) as error:
         load(tmp_path / "r.yaml")
     (alpha, dev) = sorted(error.value.problems)
-    assert "line 3: `models.student.lora.lora_alpha` is not a known key; did you mean `alpha`?" in alpha
+    assert "line 3: `student.lora.lora_alpha` is not a known key; did you mean `alpha`?" in alpha
     assert "line 4: `data.dev` is missing, but `method.select` chooses a checkpoint on it; add it." in dev
 
 

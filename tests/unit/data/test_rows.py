@@ -241,7 +241,7 @@ def test_the_fix_of_a_wrong_corpus_leads_to_a_right_one(tmp_path):
     path.write_text("A document.\n")
     with pytest.raises(DataError, match=r'a document of a corpus as \{"text": "…"\}'):
         survey.check_corpus(DataRef(load=str(path)), data)
-    path.write_text('{"body": "A document."}\n')
+    path.write_text('{"conversations": [], "body": "A document."}\n')  # the advice was to write turns as messages
     with pytest.raises(DataError, match=r"no column `text` \(the text of a document\).* for instance columns: \{text: body\}"):
         survey.check_corpus(DataRef(load=str(path)), data)
     survey.check_corpus(DataRef(load=str(path), columns={"text": "body"}), data)
