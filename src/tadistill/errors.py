@@ -69,7 +69,7 @@ def no_file(path: Path, folders: Iterable[Path], suffixes: tuple[str, ...] = ())
             return broken
         names = [p.name for folder in there for p in folder.iterdir() if (p.is_dir() or p.suffix in suffixes) and p.name != path.name]
     except OSError as error:  # a folder that cannot be read
-        return f"its folder cannot be read ({error.strerror}); correct the path"
+        return f"its folder cannot be read ({cause(error)}); correct the path"
     if not there:
         return f"the folder {' or '.join(map(str, searched))} does not exist; correct the path"
     return f"there is no `{path.name}` in {' or '.join(map(str, there))}; {did_you_mean(path.name, names, 'correct the path')}"

@@ -174,7 +174,7 @@ class Store:
             return False
         except OSError as error:
             raise StoreError(
-                f"cannot read the store at {self.root}: {error.strerror}; check its permissions, or set --runs DIR to another folder"
+                f"cannot read the store at {self.root}: {cause(error)}; check its permissions, or set --runs DIR to another folder"
             ) from error
 
     def label(self, key: str) -> str:
@@ -277,7 +277,7 @@ class Store:
             raise self._unwritable(error) from error
 
     def _unwritable(self, error: OSError) -> StoreError:
-        return StoreError(f"cannot write to the store at {self.root}: {error.strerror}; set --runs DIR to a writable folder")
+        return StoreError(f"cannot write to the store at {self.root}: {cause(error)}; set --runs DIR to a writable folder")
 
     def acquire(self, key: str, waiting: Callable[[], None]) -> "FileLock":
         """Acquire the lock of a stage. If another process has it, call `waiting` once a second. `waiting` may raise an error to give up."""

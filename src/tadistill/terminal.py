@@ -5,7 +5,6 @@ import contextlib
 import errno
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -147,8 +146,3 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
     if isinstance(error, UnicodeEncodeError) and (plain := _PLAIN.get(error.object[error.start])):
         return plain, error.start + 1
     return codecs.backslashreplace_errors(error)
-
-
-def this_command() -> str:
-    """Return the command that the user gave."""
-    return shlex.join(["tadistill", *sys.argv[1:]])

@@ -16,6 +16,8 @@ numbers("2 or 1,000") -> [Decimal(2), Decimal(1000)]
 
 import json
 import re
+import shlex
+import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
@@ -196,3 +198,8 @@ def only_number(text: str) -> Decimal | None:
     text = next((side for side in reversed(sides) if numbers(side)), "")
     found = numbers(text)
     return found[0] if len(found) == 1 and found[0].is_finite() and not _EXPRESSION.search(text) else None
+
+
+def this_command() -> str:
+    """Return the command that the user gave."""
+    return shlex.join(["tadistill", *sys.argv[1:]])

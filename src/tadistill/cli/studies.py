@@ -27,8 +27,7 @@ from tadistill.cli.shared import (
 from tadistill.disk import from_home
 from tadistill.errors import ConfigError, NotPlanned, TadistillError
 from tadistill.store import Store, runs_directory, store_of
-from tadistill.terminal import this_command
-from tadistill.text import counted
+from tadistill.text import counted, this_command
 
 app = typer.Typer()
 

@@ -14,7 +14,7 @@ import yaml
 
 from tadistill.cli.shared import complete_key, complete_method, console
 from tadistill.disk import from_home
-from tadistill.errors import ConfigError, TadistillError
+from tadistill.errors import ConfigError, TadistillError, cause
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,9 +63,7 @@ def new(
         with file.open("x", encoding="utf-8") as content:
             content.write(text)
     except OSError as error:
-        raise ConfigError(
-            f"{file} cannot be written ({error.strerror}); give a file in an existing folder with write permission"
-        ) from error
+        raise ConfigError(f"{file} cannot be written ({cause(error)}); give a file in an existing folder with write permission") from error
     console.say(f"wrote {file}")
     if _is_missing(str(given["data"])):
         console.note(f"{given['data']} does not exist yet; write this file, or correct `data` in {file}")

@@ -32,7 +32,7 @@ from tadistill.cluster.fetch import compare
 from tadistill.cluster.slurm import Profile, accounts_in, output_of
 from tadistill.config import Recipe
 from tadistill.disk import cache_root
-from tadistill.errors import TadistillError
+from tadistill.errors import TadistillError, cause
 from tadistill.plan.task import check_sources
 from tadistill.runner.trackers import missing_trackers
 from tadistill.store import store_of
@@ -243,7 +243,7 @@ def store(root: Path) -> list[Check]:
             fault = _lock_fault(Path(folder, "lock"))
     except OSError as error:
         fix = "set --runs (or TADISTILL_RUNS) to a writable folder"
-        return [Check("store", "problem", f"{root} cannot be written: {error.strerror or error}", fix)]
+        return [Check("store", "problem", f"{root} cannot be written: {cause(error)}", fix)]
     checks = [Check("store", "ok", f"{root} can be written")]
     if fault:
         fix = "run only one command at a time with this store, or set --runs to a folder on another file system"

@@ -20,7 +20,7 @@ from rich.table import Table
 from tadistill.cluster import slurm
 from tadistill.cluster.status import Queue, StatusRow, job_rows, local_rows, newest, read_plan, search_plan, study_state, unfinished
 from tadistill.config.machine import Tracker
-from tadistill.errors import ConfigError, StoreError
+from tadistill.errors import ConfigError, StoreError, cause
 from tadistill.runner.local import ADVICE, LOG, SEARCH, is_search, local_runs
 from tadistill.store import MANIFEST, STAGE, Store, keys_in
 from tadistill.terminal import Terminal
@@ -89,7 +89,7 @@ def _row(study: Path, store: Store, queue: Queue) -> StudyRow | None:
         os.scandir(study).close()
         search = not (study / "plan.json").is_file()
     except OSError as error:
-        return StudyRow(study.name, _changed(study), 0, 0, 0, f"cannot be read ({_reason(error)})")
+        return StudyRow(study.name, _changed(study), 0, 0, 0, f"cannot be read ({cause(error)})")
     if search and not is_search(study):
         return None
     try:
@@ -168,7 +168,7 @@ def delete(store: Store, keys: list[str], told: Callable[[str], None]) -> int:
     if failed:
         folder, error = next(iter(failed.items()))
         more = f" and {counted(len(failed) - 1, 'more stage')}" if len(failed) > 1 else ""
-        raise StoreError(f"cannot delete {folder}{more}: {_reason(error)}; check permissions. {size(freed)} were freed") from error
+        raise StoreError(f"cannot delete {folder}{more}: {cause(error)}; check permissions. {size(freed)} were freed") from error
     return freed
 
 
@@ -179,7 +179,7 @@ def _folders(runs: Path) -> list[Path]:
     try:
         found = sorted(path for path in runs.iterdir() if path.name != _STORE)
     except OSError as error:
-        raise StoreError(f"cannot read the runs directory {runs}: {_reason(error)}; check its permissions and --runs") from error
+        raise StoreError(f"cannot read the runs directory {runs}: {cause(error)}; check its permissions and --runs") from error
     return [path for path in found if os.path.isdir(path) or (path.is_symlink() and not os.path.exists(path))]
 
 
@@ -248,11 +248,7 @@ def _is_study(folder: Path) -> bool:
 
 def _unknown(study: Path, path: Path, error: OSError) -> StoreError:
     fix = f"mount the disk of {path.readlink()}, or correct or delete the link" if path.is_symlink() else "check its permissions"
-    return StoreError(f"cannot read {path} ({_reason(error)}), so the stages that {study.name} needs are not known; {fix}")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+    return StoreError(f"cannot read {path} ({cause(error)}), so the stages that {study.name} needs are not known; {fix}")
 
 
 def _records(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-from tadistill.errors import StoreError
+from tadistill.errors import StoreError, cause
 from tadistill.models.chat_api import Reply
 
 _LOOK = 0.2  # the longest time between two calls of `look`, in seconds
@@ -43,7 +43,7 @@ class Cache:
                 self._file.flush()
                 os.fsync(self._file.fileno())
             except OSError as error:
-                raise StoreError(f"{self._file.name} cannot be written ({error.strerror}); check disk space and quota") from error
+                raise StoreError(f"{self._file.name} cannot be written ({cause(error)}); check disk space and quota") from error
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def open_cache(path: Path, waiting: Callable[[], None] | None = None) -> Iterato
     except OSError as error:
         if isinstance(error, StoreError):
             raise
-        raise StoreError(f"{path} cannot be opened ({error.strerror}); check the directory's permissions") from error
+        raise StoreError(f"{path} cannot be opened ({cause(error)}); check the directory's permissions") from error
 
 
 def read_replies(path: Path, *, mend: bool = False) -> dict[str, Reply]:

@@ -108,7 +108,7 @@ def read_description(path: Path, load: str) -> dict[str, Any]:
 
 
 def _not_permitted(path: Path, load: str, error: PermissionError) -> ModelError:
-    return ModelError(f"{path.name} of model `{load}` cannot be read ({error.strerror}); {disk.PERMIT}")
+    return ModelError(f"{path.name} of model `{load}` cannot be read ({cause(error)}); {disk.PERMIT}")
 
 
 def _number(found: dict[str, Any]) -> Any:

@@ -152,7 +152,7 @@ def fetch(load: str, revision: str = "main", *, weights: bool = True, workers: i
     """
     source = parse_source(load)
     if source.kind == "scratch":
-        raise ModelError(f"model `{load}` has no tokenizer of its own; set `tokenizer:` to a directory, a hub id or tinyworld")
+        raise ModelError(f"model `{load}` has random weights, so no files and no tokenizer; set `tokenizer:` to a directory or a hub id")
     if (found := locate(load, revision, weights=weights)) is not None:
         return found
     adapter = _adapter(source, revision)

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Literal
 
 from tadistill.disk import replacing, write_json, writing
-from tadistill.errors import NotPlanned, StoreError
+from tadistill.errors import NotPlanned, StoreError, cause
 from tadistill.plan.throughput import spoken
 from tadistill.store import key_of
-from tadistill.terminal import this_command
+from tadistill.text import this_command
 
 LOG = "run.log"
 SEARCH = "search.json"
@@ -220,7 +220,7 @@ class Journal:
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            self._failed(self.folder / LOG, error.strerror or error)
+            self._failed(self.folder / LOG, cause(error))
 
     @property
     def due(self) -> bool:

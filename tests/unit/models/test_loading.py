@@ -81,7 +81,7 @@ def test_the_types_of_models_are_known_without_transformers():
 def test_scratch_without_a_tokenizer():
     with pytest.raises(ConfigError, match="`scratch:llama` needs a tokenizer; set `tokenizer:`"):
         load_model("scratch:llama")
-    with pytest.raises(ModelError, match="`scratch:llama` has no tokenizer of its own; set `tokenizer:`"):
+    with pytest.raises(ModelError, match="`scratch:llama` has random weights, so no files and no tokenizer; set `tokenizer:`"):
         load_tokenizer("scratch:llama")
 
 

@@ -145,7 +145,7 @@ def test_fingerprints_without_files():
     assert first == fingerprint("scratch:llama", config={"num_hidden_layers": 2, "hidden_size": 8})
     assert first == 'scratch:{"config":{"hidden_size":8,"num_hidden_layers":2},"type":"llama"}'
     assert locate("scratch:llama") is None
-    with pytest.raises(ModelError, match="model `scratch:llama` has no tokenizer of its own"):
+    with pytest.raises(ModelError, match="model `scratch:llama` has random weights, so no files"):
         fetch("scratch:llama")
 
 
