@@ -10,6 +10,7 @@ and seed are sent once.
 
 import hashlib
 import json
+import random
 import re
 import threading
 import time
@@ -34,11 +35,11 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 LONGEST_WAIT = 600.0
 """Longest wait (Retry-After) in seconds that an API may demand. If it demands a longer one, the stage ends."""
 # After so many refusals without any answer, the API is assumed to refuse every request. Requests are sent in a random order, because a
-# filter or a limit can refuse all rows of one place. If it refuses three quarters of the rows, the first 30 are all refused with a
-# probability of 0.0002. Fewer are enough if a setting is the reason: the API names one that it does not accept, or the answer is cut before
-# it begins, which is paid for. Other empty answers are paid for, too, each of them twice. If half of the rows have one, the first five all
-# have one with a probability of 0.03.
-_REFUSALS, _REFUSALS_OF_A_SETTING, _EMPTY_ROWS = 30, 3, 5
+# filter or a limit can refuse all rows of one place; it is another order in each run, so a repeated command begins with other rows. If the
+# API refuses three quarters of the rows, the first 30 are all refused with a probability of 0.0002. Fewer are enough if a setting is the
+# reason: the API names one that it does not accept, or the answer is cut before it begins, which is paid for. Other empty answers are paid
+# for, too. If half of the rows have one, the first 15 all have one with a probability of 0.00003.
+_REFUSALS, _REFUSALS_OF_A_SETTING, _EMPTY_ROWS = 30, 3, 15
 _EMPTY = "the answer is empty"
 _CUT = f"{_EMPTY}; raise `max_new_tokens`"
 _SEEDS = 2**31  # seeds are below this number, because some servers accept no larger seed
@@ -108,6 +109,10 @@ def same_model(asked: str, answered: str) -> bool:
     return not answered or own == other or (rest != other and re.fullmatch(r"[-@:](v?\d[\w.-]*)?(-latest)?", rest) is not None)
 
 
+def _place(request: Request) -> int:
+    return request.line or request.row
+
+
 class Pace:
     """A rate limit for the requests of several threads. Times are in seconds."""
 
@@ -143,6 +148,18 @@ class _Stopped(Exception):
     """Exception that ends a thread without an answer, because another request failed or the user stops the run."""
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    number: int  # of the request, in the order in which they were sent
+    why: str
+    of_a_setting: bool
+
+
+def _are_enough(found: Sequence[_Refusal], times: int = 1) -> bool:
+    of_a_setting, empty = sum(each.of_a_setting for each in found), sum(each.why == _EMPTY for each in found)
+    return len(found) >= times * _REFUSALS or of_a_setting >= times * _REFUSALS_OF_A_SETTING or empty >= times * _EMPTY_ROWS
+
+
 class Asking:
     """A sender of requests to an API. It repeats failed requests, and stores every answer in the cache."""
 
@@ -151,10 +168,11 @@ class Asking:
         self.api, self.cache, self.name = api, cache, name
         self.pace, self.stop, self.lock = Pace(api.requests_per_minute), threading.Event(), threading.Lock()
         self.known, self.answered, self.reason = 0, 0, ""
-        self.failed: dict[int, str] = {}
+        self.failed: dict[int, _Refusal] = {}
         """The reason why a row got no usable answer, by the row's line in its file, or by its number."""
-        self.noun, self.of_a_setting, self.empty = "row", 0, 0  # numbers of refusals because of a setting, and of empty answers
+        self.noun = "row"
         self._digests: dict[str, str] = {}
+        self._sent, self._waiting = 0, set[int]()  # the number of requests sent so far, and the numbers of those without an answer
 
     def all(self, wanted: Sequence[Request], look: Callable[[int], None] = lambda done: None) -> list[Reply]:
         """Return an answer to every request. Requests whose answers are in the cache are not sent.
@@ -167,44 +185,60 @@ class Asking:
             ServerFailed: the API stopped answering, or some rows got no usable answer. All answers so far are kept.
         """
         distinct = {request.key: request for request in reversed(wanted)}
-        missing = sorted((r for r in distinct.values() if self.cache.get(r.key) is None), key=lambda r: r.key)  # random: keys are digests
+        missing = [request for request in distinct.values() if self.cache.get(request.key) is None]
+        random.SystemRandom().shuffle(missing)  # no result depends on the order
         self.known = sum(self.cache.get(request.key) is not None for request in wanted)
         look(self.known)
         if missing:
             client = client_of(self.api)
-            futures = in_threads(
-                missing,
-                lambda request: self._settle(client, request),
-                threads=self.api.requests,
-                stop=self.stop,
-                look=lambda: look(self.known + self.answered),
-            )
-            for future in futures:
-                if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable | _Stopped):
-                    raise error
+            self._send(client, missing, look)
+            # an empty answer is requested only once more, because each request may cost money
+            empty = [request for request in missing if (found := self.failed.get(_place(request))) and found.why == _EMPTY]
+            if empty and not self.reason:
+                self._send(client, empty, look)
         replies = [self.cache.get(request.key) for request in wanted]
         done = [reply for reply in replies if reply is not None]
         if len(done) < len(replies):
             raise ServerFailed(self._sentence(len(done), len(replies)))
         return done
 
+    def _send(self, client: "OpenAI", wanted: Sequence[Request], look: Callable[[int], None]) -> None:
+        self.stop.clear()
+        futures = in_threads(
+            wanted,
+            lambda request: self._settle(client, request),
+            threads=self.api.requests,
+            stop=self.stop,
+            look=lambda: look(self.known + self.answered),
+        )
+        for future in futures:
+            if not future.cancelled() and (error := future.exception()) and not isinstance(error, Unavailable | _Stopped):
+                raise error
+
+    def _rows(self) -> str:
+        rows = sorted(self.failed)
+        named = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
+        return f"{form(len(rows), self.noun, f'{self.noun}s')} {named} of the training set"
+
     def _sentence(self, done: int, total: int) -> str:
         saved = f"{done} of {counted(total, 'answer is', 'answers are')} saved, {counted(total - done, 'is', 'are')} missing"
         if self.reason:
             return f"the API {self.api.at} of {self.name} failed: {self.reason}; {saved}; run the same command to continue"
-        rows = sorted(self.failed)
-        named = ", ".join(map(str, rows[:_SHOWN])) + (f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else "")
-        what = form(len(rows), self.noun, f"{self.noun}s")
+        first = min(self.failed)
         return (
-            f"the API {self.api.at} of {self.name} gives no usable answer to {what} {named} of the training set "
-            f"({self.noun} {rows[0]}: {self.failed[rows[0]]}); {saved}; run the same command to ask again, or delete the {what}"
+            f"the API {self.api.at} of {self.name} gives no usable answer to {self._rows()} "
+            f"({self.noun} {first}: {self.failed[first].why}); {saved}; run the same command to ask again, or delete the "
+            f"{form(len(self.failed), self.noun, f'{self.noun}s')}"
         )
 
     def _settle(self, client: "OpenAI", request: Request) -> None:
+        with self.lock:
+            self._sent += 1
+            self._waiting.add(number := self._sent)
         try:
             reply = self._ask(client, request)
         except Refused as error:
-            self._refused(request, str(error))
+            self._refused(request, number, str(error))
             return
         except Unavailable as error:
             self._end(str(error))
@@ -212,20 +246,27 @@ class Asking:
         self.cache.put(request.key, reply)
         with self.lock:
             self.answered += 1
+            self._waiting.remove(number)
+            self.failed.pop(_place(request), None)
 
-    def _refused(self, request: Request, why: str) -> None:
-        named = [name for name in NOT_SENT if name in request.body and re.search(rf"\b{name}\b", why)]
+    def _refused(self, request: Request, number: int, why: str) -> None:
+        named = next((name for name in NOT_SENT if name in request.body and re.search(rf"\b{name}\b", why)), None)
         with self.lock:
-            self.failed[request.line or request.row] = why
+            self.failed[_place(request)] = _Refusal(number, why, named is not None or why == _CUT)
             self.noun = "line" if request.line else "row"
-            self.of_a_setting += bool(named) or why == _CUT
-            self.empty += why == _EMPTY
-            enough = len(self.failed) >= _REFUSALS or self.of_a_setting >= _REFUSALS_OF_A_SETTING or self.empty >= _EMPTY_ROWS
-            all_refused = enough and not (self.known or self.answered)
+            self._waiting.remove(number)
+            all_refused = not (self.known or self.answered) and self._enough()
+            rows = self._rows() if all_refused else ""
         if all_refused:
-            fix = f" (if it does not accept `{named[0]}`, write `omit: [{named[0]}]` below `api`)" if named else ""
-            self._end(f"it has given no usable answer so far, because {why}{fix}")
+            fix = f" (if it does not accept `{named}`, write `omit: [{named}]` below `api`)" if named else ""
+            self._end(f"it has given no usable answer so far ({rows}), because {why}{fix}")
             raise Unavailable(why)
+
+    def _enough(self) -> bool:
+        # a refusal can come sooner than the answer to an earlier request, so it counts when all earlier requests are settled; so that one
+        # request without any reply does not make all others be paid for, it also counts when there are as many for each thread
+        found, earliest = [*self.failed.values()], min(self._waiting, default=self._sent + 1)
+        return _are_enough([refusal for refusal in found if refusal.number < earliest]) or _are_enough(found, self.api.requests)
 
     def _end(self, reason: str) -> None:
         with self.lock:
@@ -233,7 +274,6 @@ class Asking:
         self.stop.set()
 
     def _ask(self, client: "OpenAI", request: Request) -> Reply:
-        empty = ""
         for pause in (*PAUSES, None):
             if not self.pace.turn(self.stop):
                 raise _Stopped
@@ -248,12 +288,10 @@ class Asking:
                 elif self.stop.wait(wait):
                     raise _Stopped from error
                 continue
-            if not (wrong := usable(reply)):
-                return reply
-            if empty or reply.finish != "stop":  # an empty answer is requested only once more, because each request may cost money
+            if wrong := usable(reply):
                 raise Refused(wrong)
-            empty = wrong
-        raise Refused(empty)
+            return reply
+        raise AssertionError("the last pause is None, after which a failure is raised")
 
     def _checked(self, reply: Reply, request: Request) -> Reply:
         if not same_model(self.api.model, reply.model):

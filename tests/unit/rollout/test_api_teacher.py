@@ -67,7 +67,7 @@ def test_equal_prompts_are_one_request_only_without_randomness(tmp_path):
         drawn = asked(fake, tmp_path / "a.jsonl", twice, requests=1)
         greedy = asked(fake, tmp_path / "a.jsonl", twice, decoding=Decoding(temperature=0))
         assert "seed" not in fake.bodies[-1]
-    assert [r.text for r in drawn] == ["answer 0", "answer 1"]
+    assert {r.text for r in drawn} == {"answer 0", "answer 1"}
     assert [r.text for r in greedy] == ["answer 2", "answer 2"]
 
 
@@ -161,7 +161,7 @@ def test_rows_that_are_refused_again_do_not_stop_a_continued_run(tmp_path):
 def test_settings_that_are_refused_end_the_stage_at_once(tmp_path):
     with serve(lambda number, text: error(422, "extra field `seed`")) as fake:
         with pytest.raises(
-            ServerFailed, match=r"no usable answer so far.*accept `seed`, write `omit: \[seed\]` below `api`\); 0 of 6 answers"
+            ServerFailed, match=r"no usable answer so far \(rows .*accept `seed`, write `omit: \[seed\]` below `api`\); 0 of 6 answers"
         ):
             asked(fake, tmp_path / "a.jsonl", requests=1)
         assert len(fake.asked) == 3
@@ -190,7 +190,10 @@ def test_rows_that_are_refused_first_do_not_stop_the_others(tmp_path, fault):
 def test_an_api_that_refuses_every_row_is_asked_few_rows(tmp_path):
     prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
     with serve(lambda number, text: error(400, "billing hard limit reached")) as fake:
-        with pytest.raises(ServerFailed, match=r"so far, because it answers 400 \(billing hard limit reached\); 0 of 60 answers are saved"):
+        with pytest.raises(
+            ServerFailed,
+            match=r"so far \(rows .* and 25 more of the .*\), because it answers 400 \(billing hard limit reached\); 0 of 60",
+        ):
             asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
         assert len(fake.asked) == 30
 
@@ -199,7 +202,10 @@ def test_a_model_that_thinks_longer_than_max_new_tokens_is_paid_for_few_answers(
     """Thirty cut answers without a text were paid for, and no repetition of the command can give others."""
     prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
     with serve(lambda number, text: reply(number, "", "length")) as fake:
-        with pytest.raises(ServerFailed, match=r"so far, because the answer is empty; raise `max_new_tokens`; 0 of 60 answers are saved"):
+        with pytest.raises(
+            ServerFailed,
+            match=r"so far \(rows [\d, ]* of the .*\), because the answer is empty; raise `max_new_tokens`; 0 of 60",
+        ):
             asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
         assert len(fake.asked) == 3
     later = serve(lambda number, text: reply(number, "", "length") if number > 0 else honest(number, text))
@@ -208,15 +214,70 @@ def test_a_model_that_thinks_longer_than_max_new_tokens_is_paid_for_few_answers(
 
 
 def test_a_model_that_answers_nothing_is_paid_for_few_answers(tmp_path):
-    """Sixty answers without a text were paid for, as each row is asked twice."""
+    """Sixty answers without a text were paid for, as each row is asked twice. A repeated command asked the same rows."""
     prompts = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)]
     with serve(lambda number, text: reply(number, "")) as fake:
-        with pytest.raises(ServerFailed, match=r"so far, because the answer is empty; 0 of 60 answers are saved"):
-            asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
-        assert len(fake.asked) == 10
+        for _ in range(2):
+            with pytest.raises(
+                ServerFailed, match=r"so far \(rows .* and 10 more of the .*\), because the answer is empty; 0 of 60 answers"
+            ):
+                asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+        assert len(fake.asked) == 30
+        assert fake.asked[:15] != fake.asked[15:]
     later = serve(lambda number, text: reply(number, "") if number > 0 else honest(number, text))
     with later as fake, pytest.raises(ServerFailed, match=r"gives no usable answer to rows .* and 54 more of the training set"):
         asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+
+
+def test_rows_with_an_empty_answer_that_come_first_do_not_stop_the_others(tmp_path):
+    """After the first five rows, the command ended, however often it was repeated, and named no row."""
+    prompts, empty = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)], set()
+
+    def answer(number, text):
+        if number < 14:
+            empty.add(text)
+        return reply(number, "") if text in empty else honest(number, text)
+
+    with serve(answer) as fake:
+        with pytest.raises(ServerFailed, match=r"gives no usable answer to rows .* and 9 more .*: the answer is empty\); 46 of 60 answers"):
+            asked(fake, tmp_path / "a.jsonl", prompts, requests=1)
+        assert len(fake.asked) == 60 + 14  # after all others, each is asked again
+
+
+@pytest.mark.parametrize("finish", ["stop", "length", "content_filter"])
+def test_a_refusal_that_overtakes_an_answer_ends_nothing(tmp_path, monkeypatch, finish):
+    """With parallel requests, many rows without an answer were settled before the first long answer came."""
+    for name in ("_REFUSALS", "_REFUSALS_OF_A_SETTING", "_EMPTY_ROWS"):
+        monkeypatch.setattr(module, name, 4)
+    prompts, refused, seen = [[{"role": "user", "content": f"Say {i}"}] for i in range(12)], set(), threading.Event()
+
+    def answer(number, text):
+        if number == 0:
+            seen.wait(timeout=10)
+        elif number <= 7:
+            refused.add(text)
+        if number == 8:
+            seen.set()
+        return reply(number, "", finish) if text in refused else honest(number, text)
+
+    with serve(answer) as fake, pytest.raises(ServerFailed, match=r"gives no usable answer to rows .* and 2 more .*; 5 of 12 answers"):
+        asked(fake, tmp_path / "a.jsonl", prompts)
+
+
+def test_a_request_without_a_reply_does_not_make_all_others_be_paid_for(tmp_path):
+    prompts, go = [[{"role": "user", "content": f"Say {i}"}] for i in range(60)], threading.Event()
+
+    def answer(number, text):
+        if number == 0:
+            go.wait(timeout=1)
+        if number == 50:
+            go.set()
+        return reply(number, "")
+
+    with serve(answer) as fake:
+        with pytest.raises(ServerFailed, match=r"so far \(rows .*\), because the answer is empty; 0 of 60 answers"):
+            asked(fake, tmp_path / "a.jsonl", prompts)
+        assert len(fake.asked) == 31
 
 
 def test_refusals_of_other_kinds_do_not_blame_a_setting(tmp_path):
