@@ -281,7 +281,9 @@ def _unknown(location: tuple, key: tuple, root: type[BaseModel]) -> tuple[str, s
 
 
 def _shared(place: Sequence[str], key: tuple) -> int:
-    # the number of words at the beginning of a key that a place begins with too
+    # the number of words at the beginning of a key that a place begins with too; each key of a model begins with `models`
+    if place[0] == "models" and place[2:3] != [*key[2:3]]:
+        return 0
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(place, key, strict=False)))
 
 

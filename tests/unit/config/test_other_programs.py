@@ -71,6 +71,12 @@ def test_a_setting_of_trl_is_refused_with_the_key_that_its_row_names(recipe, wor
         ("method.optim.bf16=true", "did you mean `precision`?"),
         ("bf16=true", "did you mean `method.optim.precision`?"),
         ("evaluate.bf16=true", "did you mean `precision`?"),
+        *(
+            (f"models.{place}", "did you mean `method.optim.precision`?")
+            for place in ("xl.bf16=1", "s.fp16=1", "s.lora={r: 2, bf16: true}")
+        ),
+        ("models.s={load: x, serve: {at: http://a:1, bf16: true}}", "did you mean `method.optim.precision`?"),
+        ("models.s.sft={bf16: true}", "did you mean `models.NAME.sft.optim.precision`?"),
         ("batch_size=4", "did you mean `method.optim.batch`?"),
         ("seed=3", "did you mean `seeds`?"),
         ("seq_kd=true", "did you mean `method: seqkd`?"),
