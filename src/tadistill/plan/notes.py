@@ -55,10 +55,11 @@ def plan_notes(plan: Plan, store: Store, speeds: Speeds, jobs: int) -> Iterator[
         "FLOPs include all training in this study that an arm's final model needs, also the fine-tuning of its teachers. "
         "FLOPs of dev evaluations, watching (metrics of rollouts) and tests are not included."
     )
+    adapted = {stage.model for stage, spec in trainings(plan) if spec.lora}
     for name, model in plan.recipe.models.items():
         if model.load and (base := sources.adapter_base(model.load, model.revision)):
             yield escape(f"Model {name} is the LoRA adapter {model.load}, merged with its base {base[0]}.")
-        if model.lora:
+        if model.lora and name in adapted:
             yield escape(
                 f"Model {name} is trained with LoRA: adapters of rank {model.lora.r}, merged into the weights after each training."
             )

@@ -660,6 +660,7 @@ def test_a_plan_says_if_patience_can_never_stop_a_training(patience, steps, stop
 
 
 def test_a_plan_names_the_models_with_adapters(tmp_path):
-    models = recipe()["models"] | {"s": model(16, lora={"r": 4})}
+    """Also models that the study does not train were said to be trained."""
+    models = recipe()["models"] | {"s": model(16, lora={"r": 4}), "unused": model(16, lora={"r": 8})}
     text = " ".join(plan_notes(plan(models=models), Store(tmp_path), {}, 1))
     assert text.count("is trained with LoRA") == text.count("Model s is trained with LoRA: adapters of rank 4") == 1
