@@ -140,10 +140,12 @@ def shared_notes(plan: "Plan") -> Iterator[str]:
         of_one, of_two = ({arm.name for arm in plan.arms if name in arm.arm.models} for name in (one, two))
         shared = (s.arms for s in plan.stages.values() if running(s.spec) and s.arms & of_one and s.arms & of_two)
         if arms := {name for names in shared for name in names}:
+            own = plan.recipe.served_as(one)
+            why = f"both have the name `{own}`" if own else "a server of a model's own files changes results only by rounding"
             yield (
-                f"{one} and {two} count as one teacher, because a server of a model's own files changes results only by rounding, so "
-                f"{listed(sorted(arms))} have stages in common. If a server runs other weights, such as quantised ones, give them a name "
-                f"in `models.{two if second.serve else one}.serve.name`."
+                f"{one} and {two} count as one teacher, because {why}, so {listed(sorted(arms))} have stages in common. If a server runs "
+                f"other weights, such as quantised ones, give them {'another' if own else 'a'} name in "
+                f"`models.{two if second.serve else one}.serve.name`."
             )
 
 

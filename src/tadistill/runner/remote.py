@@ -7,6 +7,7 @@ for sentence in announced(plan, store, missing):      # for each API: the number
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -19,7 +20,7 @@ from tadistill.config.recipe import methods
 from tadistill.config.recipe_files import placed
 from tadistill.config.remote import Api, Serve
 from tadistill.data import datasets
-from tadistill.errors import ConfigError, Gathering, ServerFailed, TadistillError
+from tadistill.errors import ConfigError, Gathering, ModelError, ServerFailed, TadistillError
 from tadistill.models import sources
 from tadistill.models.chat_api import Unavailable, knock
 from tadistill.models.chat_api_replies import read_replies
@@ -46,9 +47,10 @@ _LONGER = 4
 """Largest assumed ratio of the numbers of tokens that a text has with two tokenizers."""
 _OTHER_NUMBERS = (
     *("--quantization", "--quantization-config", "--dtype", "--kv-cache-dtype", "--hf-overrides", "--lora-modules"),
-    *("--load-format dummy", "--load-format bitsandbytes"),
+    *("--load-format dummy", "--load-format bitsandbytes", "--logprobs-mode"),
+    *("--model", "--revision", "--code-revision", "--tokenizer", "--tokenizer-revision", "--hf-config-path", "--config"),
 )
-"""Arguments of `vllm serve` with which a server computes other numbers than the model's files."""
+"""Arguments of `vllm serve` with which a server may compute other numbers than the model's files."""
 Found = tuple[str, Literal["ok", "warning", "problem"], str, str]
 """A line of `tadistill doctor`: a title, a state, a description of the server or the problem, and a way to mend it."""
 
@@ -141,7 +143,7 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     serve.check_k(name, (Ledger(recipe).config(name) or {}).get("vocab_size"))
     if recipe.served_as(name) is None and (other := _other_numbers(more)):
         raise ConfigError(
-            f"with `{other}`, the server computes other numbers than the files of models.{name}; give the model on the server a name of "
+            f"with `{other}`, the server may compute other numbers than the files of models.{name}; give the model on the server a name of "
             f"its own, such as `serve: {{at: {serve.at[0]}, name: {name}-{other.strip('-').replace(' ', '-')}}}`"
         )
     hub = sources.parse_source(model.load).kind == "hub"
@@ -160,13 +162,14 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
 
 
 def _other_numbers(more: Sequence[str]) -> str | None:
-    # the first argument with which a server computes other numbers; vLLM also reads `--a=b`, `--a_b`, `--a.key` and the beginning of a name
+    # the first argument with which a server may compute other numbers; vLLM also reads `--a=b`, `--a_b`, `--a.key` and the beginning
+    # of a name, but not after one hyphen (`-r` is `--node-rank`), except `-q`
     words = [word for each in more for word in (each.split("=", 1) if each.startswith("-") else [each])]
     for word, value in pairwise([*words, ""]):
-        option = f"--{word.partition('.')[0].lstrip('-').replace('_', '-')}"
+        option = "--quantization" if word.startswith("-q") else word.partition(".")[0].replace("_", "-")
         for other in _OTHER_NUMBERS:
             name, _, of = other.partition(" ")
-            if word.startswith("-") and option != "--" and name.startswith(option) and of in ("", value):
+            if option.startswith("--") and option != "--" and name.startswith(option) and of in ("", value):
                 return other
     return None
 
@@ -175,8 +178,9 @@ def _longest_for(recipe: Recipe, name: str) -> int:
     # the number of tokens for which a server is started: a text has more tokens than for the student if the tokenizers differ
     longest, tokens = longest_text(recipe), StudyTokens(recipe, recipe.teacher)
     others = [model for arm in recipe.arms.values() if name in arm.models for model in arm.models]
-    if all(tokens.alike(name, other) for other in others):
-        return longest
+    with suppress(ModelError):  # models that are not on this disk may have another tokenizer
+        if all(tokens.alike(name, other) and tokens.known(name, other) for other in others):
+            return longest
     return max(longest, min(_LONGER * longest, (positions_of(Ledger(recipe).config(name) or {}) or 0) - 1))
 
 

@@ -178,6 +178,14 @@ def test_two_arms_that_are_one_training_are_named(recipe, directory, tmp_path):
     assert "so direct and quantised have stages in common. If a server runs other weights, such as quantised ones, give them a name" in text
 
 
+def test_two_servers_with_one_name_are_one_teacher(recipe, directory, tmp_path):
+    """The plan said that these are servers of the model's own files."""
+    given = (f"models.{name}={{load: {directory}, serve: {{at: http://{name}:1, name: q4}}}}" for name in ("xq", "xr"))
+    text = " ".join(notes(make_plan(recipe(*given, "arms={q: xq > s, r: xr > s}")), tmp_path).split())
+    assert "xq and xr count as one teacher, because both have the name `q4`, so q and r have stages in common." in text
+    assert "such as quantised ones, give them another name in `models.xr.serve.name`" in text
+
+
 def test_a_name_of_the_models_files_is_no_other_name(directory, tmp_path):
     """The folder beside the recipe, and its path, are one source: the name shared a key, but no sentence said so."""
     (tmp_path / "models").symlink_to(Path(directory).parent)
@@ -196,7 +204,15 @@ def test_a_name_of_the_models_files_is_no_other_name(directory, tmp_path):
     [
         *(["--quantization", "fp8"], ["--quantization=fp8"], ["-q", "fp8"], ["--kv_cache_dtype", "fp8"], ["--dty", "half"]),
         *(["--hf-overrides", "{}"], ["--hf-overrides.rope_theta", "9"], ["--quantization-config", "{}"], ["--lora-modules", "a=b"]),
-        *(["--load-format", "dummy"], ["--load_format=dummy"]),
+        *(
+            ["--load-format", "dummy"],
+            ["--load_format=dummy"],
+            ["-qfp8"],
+            ["--model=other"],
+            ["--revision", "v2"],
+            ["--code-revision", "v2"],
+        ),
+        *(["--tokenizer", "other"], ["--tokenizer-revision", "v2"], ["--hf_config_path", "x"], ["--config", "x"], ["--logprobs-mode", "x"]),
     ],
 )
 def test_a_server_of_other_numbers_needs_a_name(recipe, directory, more):
@@ -205,7 +221,7 @@ def test_a_server_of_other_numbers_needs_a_name(recipe, directory, more):
             server_command(recipe(*own), "xl", more=more)
     named = server_command(recipe("models.xl.serve={at: http://a:1, name: xl-fp8}"), "xl", more=more)
     assert named[named.index("--served-model-name") + 1] == "xl-fp8"
-    server_command(recipe(), "xl", more=["--load-format", "safetensors", "--", "-tp", "2"])
+    server_command(recipe(), "xl", more=["--load-format", "safetensors", "--tokenizer-mode", "slow", "-r", "1", "--", "-tp", "2"])
 
 
 def test_a_served_teacher_needs_no_memory_here(recipe):
@@ -318,6 +334,9 @@ def test_a_server_with_another_tokenizer_is_started_for_longer_texts(recipe):
 
     assert length() == "64"
     assert length("models.s.tokenizer=tinyworld-bpe") == "256"
+    for absent in ("/absent/tokenizer", "none-such/tokenizer"):  # on the server's machine, the other models' files can be absent
+        assert length(f"models.s.tokenizer={absent}") == "256"
+    assert length("models.q={load: /absent/model}", "arms={direct: xl > q}") == "256"
 
 
 def test_more_tokens_than_the_model_has_are_refused(recipe):
