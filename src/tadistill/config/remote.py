@@ -31,6 +31,11 @@ def _check_no_secrets(what: str, addresses: tuple[str, ...], form: str, key: str
         )
 
 
+LONGER = 4
+"""Largest assumed ratio of the numbers of tokens that a text has with two tokenizers. The server of a teacher with another tokenizer than
+its student must take texts that are longer by this factor, up to the positions of its model."""
+
+
 class Serve(Strict):
     """Servers of vLLM that run a teacher, in place of the training process. `tadistill serve RECIPE MODEL` starts such a server.
 

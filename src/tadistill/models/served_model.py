@@ -7,6 +7,7 @@
 The checks run before work starts: that the servers run the right model, and send what the recipe needs.
 """
 
+import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -202,14 +203,18 @@ def served_teacher(
     """
     serve, config = servers.serve, fetch_config(load, revision)
     found = check_servers(servers, names_of(load, servers.model, revision, serve), tokenizer, config, longest)
-    name, takes = found[0].name, [server.longest - serve.tokens_for(0) for server in found if server.longest is not None]
-    positions = positions_of(config.get_text_config(decoder=True).to_dict())
-    reads = min((n for n in (*takes, positions) if n is not None), default=None)
+    # the model's positions limit what it reads, and not a server's length: results must not depend on how a server was started
+    name, positions = found[0].name, _positions(config)
+    reads = None if positions is None else positions - serve.tokens_for(0)
     if serve.gives == "top_k":
         return ServedTopK(servers, name, config, device, vocabulary(tokenizer).size, reads)
     head = read_head(load, revision, dtype)
     placed = replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
     return ServedHidden(servers, name, config, placed, reads)
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    return positions_of(config.get_text_config(decoder=True).to_dict())
 
 
 def names_of(load: str, written: str | None, revision: str, serve: Serve) -> tuple[str, ...]:
@@ -269,10 +274,10 @@ def _check(
     servers: Servers, at: str, name: str, takes: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, longest: int
 ) -> Checked:
     serve = servers.serve
-    needed = serve.tokens_for(longest)
+    needed = min(serve.tokens_for(longest), _positions(config) or sys.maxsize)  # no server takes more than its model has positions
     if takes is not None and needed > takes:
         raise ServerFailed(
-            f"the server {at} of `{servers.model}` takes at most {takes} tokens, but the recipe allows {needed}; start it with "
+            f"the server {at} of `{servers.model}` takes at most {takes} tokens, but a text of the recipe may have {needed}; start it with "
             f"`--max-model-len {needed}`, or lower `data.max_prompt`, `data.max_length` or `sampler.max_new_tokens`"
         )
     compared = _same_tokens(servers, at, name, tokenizer)

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tadistill.config import Method
+from tadistill.config.remote import LONGER
 from tadistill.models.flops_and_memory import Cost
 from tadistill.plan.inputs import Encoding, Handle, Input, Output, Part, Split, stage_of
 from tadistill.store import key_of
@@ -49,9 +50,11 @@ class Spec(Part):
 
     @property
     def longest(self) -> int:
-        """The largest number of tokens (prompt and answer) that a teacher may have to read at once."""
+        """The largest number of tokens (prompt and answer) that a teacher may have to read at once. With a tokenizer of its own, a teacher
+        may need `LONGER` times as many tokens for a text as the student."""
         method = getattr(self, "method", None) or Method(context=self.data.context)
-        return method.longest(self.data.max_prompt, self.data.max_length)
+        of_teacher = getattr(self, "teacher_data", None) or getattr(self, "of_teacher", None)
+        return method.longest(self.data.max_prompt, self.data.max_length) * (LONGER if of_teacher else 1)
 
     @property
     def models(self) -> dict[str, Handle]:

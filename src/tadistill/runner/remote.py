@@ -6,6 +6,7 @@ for sentence in announced(plan, store, missing):      # for each API: the number
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from tadistill.config.common import DTYPES
 from tadistill.config.machine import vllm_folder
 from tadistill.config.recipe import methods
 from tadistill.config.recipe_files import placed
-from tadistill.config.remote import Api, Serve
+from tadistill.config.remote import LONGER, Api, Serve
 from tadistill.data import datasets
 from tadistill.errors import ConfigError, Gathering, ModelError, ServerFailed, TadistillError
 from tadistill.models import sources
@@ -43,8 +44,6 @@ from tadistill.text import form
 if TYPE_CHECKING:
     from tadistill.models.served_model import Checked
 
-_LONGER = 4
-"""Largest assumed ratio of the numbers of tokens that a text has with two tokenizers."""
 _OTHER_NUMBERS = (
     *("--quantization", "--quantization-config", "--dtype", "--kv-cache-dtype", "--hf-overrides", "--lora-modules"),
     *("--load-format dummy", "--load-format bitsandbytes", "--logprobs-mode"),
@@ -99,7 +98,7 @@ def check_model(recipe: Recipe, name: str) -> "list[Checked]":
     model.serve.check_k(name, getattr(config.get_text_config(decoder=True), "vocab_size", None))
     tokenizer = load_tokenizer(model.tokenizer_source, revision=model.revision, world=recipe.data.world.model_dump())
     names = names_of(model.load, servers.model, model.revision, model.serve)
-    return check_servers(servers, names, tokenizer, config, longest_text(recipe))
+    return check_servers(servers, names, tokenizer, config, _longest_for(recipe, name))
 
 
 def _examined_servers(recipe: Recipe, name: str) -> Iterator[Found]:
@@ -140,7 +139,8 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     if model.sft or model.lora or name in trained | {*(recipe.search.models[1:] if recipe.search else ())}:
         raise ConfigError(f"models.{name} is trained by this study, so no server can run it; name a model that only teaches")
     serve = model.serve or Serve(at=("http://127.0.0.1:8000",))
-    serve.check_k(name, (Ledger(recipe).config(name) or {}).get("vocab_size"))
+    config = Ledger(recipe).config(name) or {}
+    serve.check_k(name, config.get("vocab_size"))
     if recipe.served_as(name) is None and (other := _other_numbers(more)):
         raise ConfigError(
             f"with `{other}`, the server may compute other numbers than the files of models.{name}; give the model on the server a name of "
@@ -154,7 +154,8 @@ def server_command(recipe: Recipe, name: str, *, host: str | None = None, port: 
     # the number format in which a training in this process would run the teacher; bf16 if trainings differ
     precisions = {method.optim.precision for method in methods(recipe)}
     dtype = DTYPES["fp32" if precisions <= {"fp32"} else "bf16"]
-    found += ["--dtype", dtype, "--max-model-len", str(serve.tokens_for(_longest_for(recipe, name))), "--no-enable-prefix-caching"]
+    length = min(serve.tokens_for(_longest_for(recipe, name)), positions_of(config) or sys.maxsize)  # vLLM refuses more
+    found += ["--dtype", dtype, "--max-model-len", str(length), "--no-enable-prefix-caching"]
     if serve.gives == "top_k":
         return [*found, "--max-logprobs", str(serve.k), *more]
     pooler = json.dumps({"task": "token_embed", "use_activation": False})
@@ -181,7 +182,7 @@ def _longest_for(recipe: Recipe, name: str) -> int:
     with suppress(ModelError):  # models that are not on this disk may have another tokenizer
         if all(tokens.alike(name, other) and tokens.known(name, other) for other in others):
             return longest
-    return max(longest, min(_LONGER * longest, (positions_of(Ledger(recipe).config(name) or {}) or 0) - 1))
+    return LONGER * longest
 
 
 def start_server(recipe: Recipe, name: str, command: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tadistill.config import load, parse
-from tadistill.config.remote import Serve
+from tadistill.config.remote import LONGER, Serve
 from tadistill.errors import ConfigError
 from tadistill.plan.arms import make_plan
 from tadistill.plan.notes import approximations
@@ -325,6 +325,11 @@ def test_the_longest_text_contains_the_context_of_the_teacher(recipe):
     sampled = recipe(*given, "method.sampler={type: student, max_new_tokens: 80}")
     assert longest_text(sampled) == 280
     assert [s.spec.longest for s in make_plan(sampled).stages.values() if s.kind == "distill"] == [280]
+
+
+def test_a_text_has_more_tokens_for_a_teacher_with_a_tokenizer_of_its_own(recipe):
+    across = recipe("models.s.tokenizer=tinyworld-bpe", "analyse=false")
+    assert [s.spec.longest for s in make_plan(across).stages.values() if s.kind == "distill"] == [LONGER * longest_text(across)]
 
 
 def test_a_server_with_another_tokenizer_is_started_for_longer_texts(recipe):

@@ -84,7 +84,7 @@ def test_the_meter_counts_each_logit_once(here, gives):
 
 def test_a_stage_does_not_start_with_a_server_of_shorter_texts(here):
     where = {"load": here.directory, "revision": "main", "device": torch.device("cpu"), "dtype": torch.float32}
-    with pytest.raises(ServerFailed, match="takes at most 128 tokens, but the recipe allows 129"):
+    with pytest.raises(ServerFailed, match="takes at most 128 tokens, but a text of the recipe may have 129"):
         served_teacher(Servers(here.directory, Serve(at=here.at)), byte_tokenizer(), longest=129, **where)
 
 
@@ -150,11 +150,20 @@ def test_a_target_has_at_most_the_tokens_that_are_compared():
     assert float(found.tail.exp()) == pytest.approx(0.5)
 
 
-def test_a_teacher_knows_how_much_it_can_read(here):
-    positions = fetch_config(here.directory, "main").max_position_embeddings
-    assert (connected(here).longest, connected(here, "top_k").longest, teacher_of(byte_model(seed=3)).longest) == (128, 127, positions)
-    here.longest = positions + 1
-    assert connected(here).longest == positions
+@pytest.mark.parametrize("takes", [64, 128])
+def test_a_teacher_reads_as_much_as_its_model_whatever_its_server_takes(here, takes):
+    """A server that takes less was asked for the beginning of a text, and the stage had the key of the whole text."""
+    positions, here.longest = fetch_config(here.directory, "main").max_position_embeddings, takes
+    found = connected(here).longest, connected(here, "top_k").longest, teacher_of(byte_model(seed=3)).longest
+    assert found == (positions, positions - 1, positions)
+
+
+def test_a_server_needs_no_more_tokens_than_its_model_has_positions(here):
+    here.longest = fetch_config(here.directory, "main").max_position_embeddings
+    assert [server.longest for server in checked(here, longest=4 * here.longest)] == [here.longest]
+    here.longest -= 1
+    with pytest.raises(ServerFailed, match=f"may have {here.longest + 1}; start"):
+        checked(here, longest=4 * here.longest)
 
 
 def test_a_tail_is_never_below_the_rounding_of_the_server():
@@ -353,9 +362,9 @@ def test_a_smaller_vocabulary_is_refused(here):
 
 
 def test_too_short_texts_are_refused(here):
-    with pytest.raises(ServerFailed, match="takes at most 128 tokens, but the recipe allows 129; start it with `--max-model-len 129`"):
+    with pytest.raises(ServerFailed, match="128 tokens, but a text of the recipe may have 129; start it with `--max-model-len 129`"):
         checked(here, longest=129)
-    with pytest.raises(ServerFailed, match="allows 129"):
+    with pytest.raises(ServerFailed, match="may have 129"):
         checked(here, longest=128, gives="top_k")
 
 

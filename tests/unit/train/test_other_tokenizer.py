@@ -433,7 +433,6 @@ def test_what_the_teacher_cannot_read_is_in_no_span_and_is_counted():
 
 @pytest.mark.parametrize("takes", [None, 7])
 def test_a_training_reads_at_most_what_its_teacher_takes(takes):
-    """A server can take shorter texts than the model has positions; a longer text would end the training."""
     student, teacher = Subject(tiny_model("llama", vocab=SIZES[0]), STUDENT.tokenizer, SIZES[0], STUDENT.ends), Teacher()
     teacher.width, teacher.longest = SIZES[1], takes
     across = Across(SimpleNamespace(), student, teacher, TEACHER.tokenizer, SimpleNamespace(ends=TEACHER.ends))
