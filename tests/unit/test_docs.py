@@ -194,5 +194,5 @@ def test_the_page_names_the_metrics_in_the_order_that_decides():
         re.MULTILINE,
     )
     quality = [name for name, metric in METRICS.items() if metric.group == "quality"]
-    assert re.findall("`(.+?)`", order) == quality[:-1]
-    assert quality[-1] == "rouge_l_unicode"
+    named = re.findall("`(.+?)`", order)  # other tests may have registered metrics of their own, which come last
+    assert [*named, "rouge_l_unicode"] == quality[: len(named) + 1]
