@@ -203,18 +203,12 @@ def served_teacher(
     """
     serve, config = servers.serve, fetch_config(load, revision)
     found = check_servers(servers, names_of(load, servers.model, revision, serve), tokenizer, config, longest)
-    # the model's positions limit what it reads, and not a server's length: results must not depend on how a server was started
-    name, positions = found[0].name, _positions(config)
-    reads = None if positions is None else positions - serve.tokens_for(0)
+    name = found[0].name
     if serve.gives == "top_k":
-        return ServedTopK(servers, name, config, device, vocabulary(tokenizer).size, reads)
+        return ServedTopK(servers, name, config, device, vocabulary(tokenizer).size)
     head = read_head(load, revision, dtype)
     placed = replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
-    return ServedHidden(servers, name, config, placed, reads)
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    return positions_of(config.get_text_config(decoder=True).to_dict())
+    return ServedHidden(servers, name, config, placed)
 
 
 def names_of(load: str, written: str | None, revision: str, serve: Serve) -> tuple[str, ...]:
@@ -274,7 +268,8 @@ def _check(
     servers: Servers, at: str, name: str, takes: int | None, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, longest: int
 ) -> Checked:
     serve = servers.serve
-    needed = min(serve.tokens_for(longest), _positions(config) or sys.maxsize)  # no server takes more than its model has positions
+    positions = positions_of(config.get_text_config(decoder=True).to_dict()) or sys.maxsize  # no server takes more
+    needed = min(serve.tokens_for(longest), positions)
     if takes is not None and needed > takes:
         raise ServerFailed(
             f"the server {at} of `{servers.model}` takes at most {takes} tokens, but a text of the recipe may have {needed}; start it with "

@@ -123,18 +123,17 @@ def teacher_of(model: PreTrainedModel | Teacher) -> Teacher:
 POOLING, COMPLETIONS = "/pooling", "/v1/completions"
 
 
+def _longest(servers: Servers, config: Mapping[str, Any]) -> int | None:
+    # not what a server takes: results must not depend on how it was started
+    return (positions := positions_of(config)) and positions - servers.serve.tokens_for(0)
+
+
 class ServedHidden(HiddenTeacher):
     """A teacher whose servers send the last hidden states. Its output head is in this process."""
 
-    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, head: Head, longest: int | None):
-        self.longest, self._servers, self._name, self.head, self.config = (
-            longest,
-            servers,
-            name,
-            head,
-            config.get_text_config(decoder=True).to_dict(),
-        )
-        self.device, self.width = head.weight.device, head.weight.shape[0]
+    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, head: Head):
+        self._servers, self._name, self.head, self.config = servers, name, head, config.get_text_config(decoder=True).to_dict()
+        self.device, self.width, self.longest = head.weight.device, head.weight.shape[0], _longest(servers, self.config)
 
     def hidden(self, batch: Batch) -> Tensor:
         rows, weight = sequences(batch, ahead=0), self.head.weight
@@ -152,10 +151,11 @@ class ServedHidden(HiddenTeacher):
 class ServedTopK(Teacher):
     """A teacher whose servers send the K most probable tokens, and the log-probabilities of the text's own tokens."""
 
-    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, device: torch.device, vocab: int, longest: int | None = None):
+    def __init__(self, servers: Servers, name: str, config: PreTrainedConfig, device: torch.device, vocab: int):
         """`vocab` is the number of tokens of the tokenizer. The model may have more logits."""
-        self._servers, self._name, self.device, self._vocab, self.longest = servers, name, device, vocab, longest
+        self._servers, self._name, self.device, self._vocab = servers, name, device, vocab
         self.config, self.width = config.get_text_config(decoder=True).to_dict(), vocab
+        self.longest = _longest(servers, self.config)
 
     def compare(self, vocab: int) -> None:
         self._vocab = min(self._vocab, vocab)
