@@ -228,10 +228,10 @@ def _reported(study_dir: Path) -> dict[tuple[str, str], float]:
     The standard errors are computed from the intervals and p-values in the study's ``results.json``. The keys are (name of the chain,
     metric). The result is empty if the file does not exist.
     """
-    path = study_dir / "results.json"
+    path, again = study_dir / "results.json", "write the report again with `tadistill report STUDY`"
     if not path.is_file():
         return {}
-    content = read_json(path, fix="write the report again with `tadistill report STUDY`")
+    content = read_json(path, fix=again)
     try:
         return {
             (c["arm"], c["metric"]): spread_claimed(c["mean"], (c["high"] - c["low"]) / 2, c["p"])
@@ -239,7 +239,7 @@ def _reported(study_dir: Path) -> dict[tuple[str, str], float]:
             if c["against"] != "pair" and c["low"] is not None
         }
     except (KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}", "write the report again with `tadistill report STUDY`") from error
+        raise damaged(path, f"{type(error).__name__}: {error}", again) from error
 
 
 def path_edges(path: tuple[str, ...], parameters: Mapping[str, int], measures: Mapping[tuple[str, str], EdgeMeasures]) -> tuple[Edge, ...]:

@@ -51,7 +51,7 @@ def running(spec: Spec) -> tuple[Handle, ...]:
 
 
 def from_files(handle: Handle) -> Handle:
-    """Return a model whose weights are read from its files. How its servers run it when it teaches then does not matter."""
+    """Return a model whose weights are read from its files. The name of a server, on which it only teaches, then does not matter."""
     return handle.model_copy(update={"served_as": None}) if isinstance(handle, Loaded) and handle.served_as else handle
 
 
